@@ -1,0 +1,5 @@
+//! The differentiable decoder.
+
+mod pack;
+
+pub use pack::{EncodedRow, Pack, Prediction};
