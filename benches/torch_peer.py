@@ -8,7 +8,7 @@ or it is encoded already, {"tokens", "in_loss"}; a file is JSON lines or one obj
 rows whose field `split` is `eval`. Text is rendered by --template; prompt and response are tokenized apart without special tokens, the
 end-of-sequence token follows, and the loss is the mean over those response tokens.
 
-Out: one JSON object. `steps` has g, h, h_eps, grad_h and seconds for each step; then the seconds of a step (median of all but the first),
+Out: one JSON object. `steps` has g, h, h_eps, grad_h, clip (the factor of clipping) and seconds for each step; then the seconds of a step (median of all but the first),
 the whole harmful set's loss before and after, the norms, and the peak resident memory. --out takes the perturbation, w_T - w_0 + eps,
 under the weights' own names, in F32; --parts the same in two parts, `drift.<name>` and `eps.<name>`.
 
@@ -96,7 +96,7 @@ class Peer:
             self.model.zero_grad(set_to_none=True)
             if self.weights[0].is_cuda:
                 torch.cuda.synchronize()
-            log.append(dict(g=g, h=h, h_eps=h_eps, grad_h=norm, seconds=time.perf_counter() - began))
+            log.append(dict(g=g, h=h, h_eps=h_eps, grad_h=norm, clip=clip, seconds=time.perf_counter() - began))
         result = dict(steps=log)
         if s.final_eps == "whole" or eps is None:
             began = time.perf_counter()
