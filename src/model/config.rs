@@ -6,6 +6,7 @@
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use super::frequencies::Frequencies;
 use super::kernels::rope::Heads;
 
 /// The `model_type`s this decoder computes exactly.
@@ -32,8 +33,8 @@ pub struct Config {
     pub head_dim: usize,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f32,
-    /// Inverse frequency of each rotated pair of dimensions, scaling applied: `head_dim / 2` values, radians per token.
-    pub inverse_frequencies: Vec<f32>,
+    /// Rotary embedding, scaling applied.
+    pub frequencies: Frequencies,
     /// How many tokens a token looks back on, itself included; `None` is all.
     pub sliding_window: Option<usize>,
     /// Whether q, k, v and o projections have biases.
@@ -138,7 +139,7 @@ const ABSENT: [&str; 9] = [
 ];
 
 /// The raw settings, with typed access.
-struct Settings<'a>(&'a Map<String, Value>);
+pub(super) struct Settings<'a>(pub(super) &'a Map<String, Value>);
 
 impl Settings<'_> {
     fn resolve(&self) -> Result<Config, ConfigError> {
@@ -185,7 +186,7 @@ impl Settings<'_> {
             num_key_value_heads,
             head_dim,
             rms_norm_eps: self.number("rms_norm_eps")?.map_or(1e-6, narrowed),
-            inverse_frequencies: self.inverse_frequencies(head_dim)?,
+            frequencies: Frequencies::resolve(self, head_dim)?,
             sliding_window: match model_type {
                 "mistral" => self.size("sliding_window")?,
                 _ => None,
@@ -235,105 +236,26 @@ impl Settings<'_> {
         Ok(())
     }
 
-    /// The rotary frequencies of `rope_parameters` (transformers 5) or of `rope_theta` and `rope_scaling` (before).
-    fn inverse_frequencies(&self, head_dim: usize) -> Result<Vec<f32>, ConfigError> {
-        let nested = ["rope_parameters", "rope_scaling"]
-            .into_iter()
-            .find_map(|key| self.0.get(key).filter(|value| !value.is_null()));
-        let empty = Map::new();
-        let rope = match nested {
-            None => Settings(&empty),
-            Some(Value::Object(rope)) => Settings(rope),
-            Some(other) => {
-                return Err(ConfigError::Kind {
-                    setting: "rope_parameters",
-                    found: other.to_string(),
-                    wanted: "an object",
-                });
-            }
-        };
-        if let Some(value) = rope
-            .0
-            .get("partial_rotary_factor")
-            .filter(|v| v.as_f64() != Some(1.0))
-        {
-            return Err(ConfigError::Unsupported {
-                setting: "partial_rotary_factor".to_owned(),
-                found: value.to_string(),
-            });
-        }
-        let theta = match rope.number("rope_theta")? {
-            Some(theta) => theta,
-            None => self.number("rope_theta")?.unwrap_or(10_000.0),
-        };
-        let kind = match rope.text("rope_type")? {
-            Some(kind) => kind,
-            None => rope.text("type")?.unwrap_or("default"),
-        };
-        let plain = plain_frequencies(theta, head_dim);
-        match kind {
-            "default" => Ok(plain),
-            "linear" => {
-                let factor = narrowed(rope.positive("factor")?);
-                Ok(plain.into_iter().map(|f| f / factor).collect())
-            }
-            "llama3" => rope.llama3(&plain),
-            other => Err(ConfigError::Unsupported {
-                setting: "rope_type".to_owned(),
-                found: format!("\"{other}\""),
-            }),
-        }
-    }
-
-    /// Llama 3's scaling: long waves are slowed by `factor`, short ones kept, those between interpolated.
-    ///
-    /// Source: transformers, `modeling_rope_utils.py`, `_compute_llama3_parameters`.
-    fn llama3(&self, plain: &[f32]) -> Result<Vec<f32>, ConfigError> {
-        let factor = narrowed(self.positive("factor")?);
-        let low = narrowed(self.positive("low_freq_factor")?);
-        let high = narrowed(self.positive("high_freq_factor")?);
-        let context = narrowed(self.positive("original_max_position_embeddings")?);
-        if high <= low {
-            return Err(ConfigError::Sizes(format!(
-                "`high_freq_factor` {high} is not above `low_freq_factor` {low}"
-            )));
-        }
-        Ok(plain
-            .iter()
-            .map(|&f| {
-                let wavelength = 2.0 * std::f32::consts::PI / f;
-                if wavelength < context / high {
-                    f
-                } else if wavelength > context / low {
-                    f / factor
-                } else {
-                    let smooth = (context / wavelength - low) / (high - low);
-                    (1.0 - smooth) * f / factor + smooth * f
-                }
-            })
-            .collect())
-    }
-
     fn value(&self, setting: &str) -> Option<&Value> {
         self.0.get(setting).filter(|value| !value.is_null())
     }
 
-    fn text(&self, setting: &'static str) -> Result<Option<&str>, ConfigError> {
+    pub(super) fn text(&self, setting: &'static str) -> Result<Option<&str>, ConfigError> {
         self.typed(setting, "a string", Value::as_str)
     }
 
-    fn number(&self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
+    pub(super) fn number(&self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
         self.typed(setting, "a number", Value::as_f64)
     }
 
-    fn flag(&self, setting: &'static str) -> Result<bool, ConfigError> {
+    pub(super) fn flag(&self, setting: &'static str) -> Result<bool, ConfigError> {
         Ok(self
             .typed(setting, "true or false", Value::as_bool)?
             .unwrap_or(false))
     }
 
     /// A positive number that must be there.
-    fn positive(&self, setting: &'static str) -> Result<f64, ConfigError> {
+    pub(super) fn positive(&self, setting: &'static str) -> Result<f64, ConfigError> {
         self.typed(setting, "a number above 0", |value| {
             value.as_f64().filter(|&x| x > 0.0)
         })?
@@ -370,21 +292,12 @@ impl Settings<'_> {
     }
 }
 
-/// theta^(-2i / head_dim) for each rotated pair i, computed in f32 as transformers does.
-fn plain_frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
-    #[expect(clippy::cast_precision_loss, reason = "a head is far below 2^24 wide")]
-    let exponent = |i: usize| (2 * i) as f32 / head_dim as f32;
-    (0..head_dim / 2)
-        .map(|i| 1.0 / narrowed(theta).powf(exponent(i)))
-        .collect()
-}
-
 /// A setting as the f32 that the arithmetic runs in.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "rounding to f32 is what PyTorch does with these constants"
 )]
-fn narrowed(x: f64) -> f32 {
+pub(super) fn narrowed(x: f64) -> f32 {
     x as f32
 }
 
@@ -401,19 +314,6 @@ mod tests {
         .expect("an object");
         settings.extend(serde_json::from_str::<Map<String, Value>>(changes).expect("an object"));
         Config::parse(&Value::Object(settings).to_string())
-    }
-
-    #[test]
-    fn old_and_new_rope_settings_mean_the_same() {
-        let old =
-            parse(r#"{"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}"#);
-        let new = parse(
-            r#"{"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}}"#,
-        );
-        let frequencies = old.expect("a config").inverse_frequencies;
-        assert_eq!(frequencies, new.expect("a config").inverse_frequencies);
-        assert_eq!(frequencies[0], 0.5);
-        assert_eq!(parse("{}").expect("a config").inverse_frequencies[2], 0.01);
     }
 
     #[test]
@@ -446,14 +346,6 @@ mod tests {
                 "is no multiple of `num_key_value_heads` 3",
             ),
             (r#"{"head_dim": 7}"#, "`head_dim` 7 is odd"),
-            (
-                r#"{"rope_scaling": {"rope_type": "yarn", "factor": 4}}"#,
-                "`rope_type` is \"yarn\"",
-            ),
-            (
-                r#"{"rope_scaling": {"rope_type": "linear"}}"#,
-                "`factor` is missing",
-            ),
             (
                 r#"{"final_logit_softcapping": 30.0}"#,
                 "`final_logit_softcapping` is 30.0",

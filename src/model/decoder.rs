@@ -390,10 +390,8 @@ impl<'c> Decoder<'c> {
             .max()
             .unwrap_or(0);
         if self.rotations.positions() < longest {
-            self.rotations = Rotations::new(
-                &self.config.inverse_frequencies,
-                longest.next_multiple_of(128),
-            );
+            self.rotations =
+                Rotations::new(&self.config.frequencies, longest.next_multiple_of(128));
         }
     }
 

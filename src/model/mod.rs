@@ -9,6 +9,7 @@
 mod block;
 mod config;
 mod decoder;
+mod frequencies;
 mod head;
 mod kernels;
 mod matmul;
@@ -19,6 +20,7 @@ mod weights;
 
 pub use config::{Config, ConfigError, MODEL_TYPES};
 pub use decoder::{Activations, Decoder, PackError};
+pub use frequencies::Frequencies;
 pub use head::LossSum;
 pub use pack::{EncodedRow, Pack, Prediction};
 pub use targets::{Projection, SelectionError, Target, TargetSelection};

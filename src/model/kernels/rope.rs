@@ -8,6 +8,7 @@
 use rayon::prelude::*;
 
 use super::simd;
+use crate::model::frequencies::Frequencies;
 
 /// Cosines and sines of the rotation angles: positions x half the head dimension each.
 #[derive(Clone, Debug, Default)]
@@ -18,14 +19,18 @@ pub(crate) struct Rotations {
 }
 
 impl Rotations {
-    /// The angles `position * inverse_frequency[i]`, computed in f32 as transformers does, for `positions` positions.
-    pub(crate) fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
+    /// The angles `position * inverse[i]`, computed in f32 as transformers does, for `positions` positions.
+    pub(crate) fn new(frequencies: &Frequencies, positions: usize) -> Self {
+        let Frequencies {
+            inverse,
+            attention_factor,
+        } = frequencies;
         #[expect(clippy::cast_precision_loss, reason = "positions are far below 2^24")]
-        let angles =
-            (0..positions).flat_map(|p| inverse_frequencies.iter().map(move |f| p as f32 * f));
-        let (sin, cos) = angles.map(f32::sin_cos).unzip();
+        let angles = (0..positions).flat_map(|p| inverse.iter().map(move |f| p as f32 * f));
+        let scaled = |(sin, cos): (f32, f32)| (sin * attention_factor, cos * attention_factor);
+        let (sin, cos) = angles.map(f32::sin_cos).map(scaled).unzip();
         Self {
-            half: inverse_frequencies.len(),
+            half: inverse.len(),
             cos,
             sin,
         }
