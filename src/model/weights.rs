@@ -4,8 +4,8 @@
 //! memory map) and are widened to f32 block by block into one reused buffer, so memory holds one block's f32 weights,
 //! not the model's; norms and biases, a few kilobytes, are widened once.
 
+use panacea_formats::Dtype;
 use panacea_formats::TensorView;
-use panacea_formats::dtype::Dtype;
 use rayon::prelude::*;
 use thiserror::Error;
 

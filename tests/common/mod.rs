@@ -8,8 +8,8 @@
 
 use std::path::{Path, PathBuf};
 
+use panacea_formats::Dtype;
 use panacea_formats::TensorView;
-use panacea_formats::dtype::Dtype;
 use panacea_patch::model::EncodedRow;
 use safetensors::SafeTensors;
 
