@@ -57,6 +57,15 @@ pub(crate) struct Tokens<'a> {
     pub(crate) rotations: &'a Rotations,
 }
 
+/// What a backward changes.
+#[derive(Debug)]
+pub(crate) struct Gradients<'a> {
+    /// Tokens x hidden: with respect to the block's output on entry, to its input on return.
+    pub(crate) d: &'a mut [f32],
+    /// With respect to the targets.
+    pub(crate) targets: &'a mut TargetTensors,
+}
+
 /// How far down a block's backward has to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Below {
@@ -163,7 +172,7 @@ impl Layer<'_> {
     }
 
     /// Turns `d`, the gradient with respect to the output, into the one with respect to the input `x`, and adds to
-    /// `gradient` that of this block's targets. `saved` is used up. Where `below` is [`Below::Nothing`], `d` is left unfinished.
+    /// `targets` that of this block's. `saved` is used up. Where `below` is [`Below::Nothing`], `d` is left unfinished.
     pub(crate) fn backward(
         self,
         x: &[f32],
@@ -171,9 +180,9 @@ impl Layer<'_> {
         saved: &mut Saved,
         below: Below,
         scratch: &mut Scratch,
-        d: &mut [f32],
-        gradient: &mut TargetTensors,
+        gradients: Gradients<'_>,
     ) {
+        let Gradients { d, targets } = gradients;
         use Projection::{Down, Gate, Key, Output, Query, Up, Value};
         let Self {
             config,
@@ -200,7 +209,7 @@ impl Layer<'_> {
         let mut add =
             |projection: Projection, d: Matrix<'_>, input: Matrix<'_>, shape: [usize; 2]| {
                 if let Some(target) = block.target(projection) {
-                    let out = MatrixMut::new(gradient.tensor_mut(target), shape[0], shape[1]);
+                    let out = MatrixMut::new(targets.tensor_mut(target), shape[0], shape[1]);
                     matmul(
                         out,
                         super::matmul::Output::Add,

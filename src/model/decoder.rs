@@ -7,7 +7,7 @@
 use panacea_formats::TensorView;
 use thiserror::Error;
 
-use super::block::{Below, Layer, Saved, Scratch, Tokens};
+use super::block::{Below, Gradients, Layer, Saved, Scratch, Tokens};
 use super::config::Config;
 use super::head::{Head, HeadScratch, LossSum, Objective};
 use super::kernels::attention::Pattern;
@@ -19,10 +19,6 @@ use super::weights::{BlockMatrices, Weights, WeightsError, widen};
 
 /// Whether the forward keeps each block's activations for the backward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(
-    clippy::exhaustive_enums,
-    reason = "activations are kept or made again"
-)]
 pub enum Activations {
     /// They are kept: fastest.
     #[default]
@@ -152,6 +148,19 @@ impl<'c> Decoder<'c> {
             &mut workspace.head,
         );
         Ok(loss)
+    }
+
+    /// The next-token loss of each predicted position by itself, in nats, in the order of [`Pack::predictions`].
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn token_losses(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+    ) -> Result<Vec<f64>, PackError> {
+        self.loss(values, pack)?;
+        Ok(self.workspace.head.losses().to_vec())
     }
 
     /// As [`Self::loss`]; adds the gradient of the *sum* over predicted tokens to `gradient`.
@@ -352,14 +361,17 @@ impl<'c> Decoder<'c> {
             } else {
                 Below::Targets
             };
+            let gradients = Gradients {
+                d,
+                targets: gradient,
+            };
             layer.backward(
                 &inputs[index],
                 tokens,
                 &mut saved[slot],
                 below,
                 scratch,
-                d,
-                gradient,
+                gradients,
             );
         }
     }

@@ -39,6 +39,25 @@ impl LossSum {
     }
 }
 
+impl LossSum {
+    /// The loss of one token.
+    pub(crate) fn of_token(loss: f64) -> Self {
+        Self {
+            sum: loss,
+            count: 1,
+        }
+    }
+}
+
+impl std::iter::Sum for LossSum {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self::default(), |mut sum, part| {
+            sum += part;
+            sum
+        })
+    }
+}
+
 impl std::ops::AddAssign for LossSum {
     fn add_assign(&mut self, other: Self) {
         self.sum += other.sum;
@@ -74,6 +93,14 @@ pub(crate) struct HeadScratch {
     logits: Vec<f32>,
     reference_logits: Vec<f32>,
     tile: Vec<f32>,
+    losses: Vec<f64>,
+}
+
+impl HeadScratch {
+    /// The loss of each predicted position in the last call of [`Head::loss`].
+    pub(crate) fn losses(&self) -> &[f64] {
+        &self.losses
+    }
 }
 
 impl Head<'_> {
@@ -96,12 +123,14 @@ impl Head<'_> {
             logits,
             reference_logits,
             tile,
+            losses,
         } = scratch;
         let predictions = &pack.predictions;
         let chunk = (LOGITS_BYTES / 4 / vocab).max(8);
         d_normed.clear();
         d_normed.resize(if d.is_some() { normed.len() } else { 0 }, 0.0);
-        let mut losses = vec![0.0; predictions.len()];
+        losses.clear();
+        losses.resize(predictions.len(), 0.0);
         for first in (0..predictions.len()).step_by(chunk) {
             let range = first..predictions.len().min(first + chunk);
             let elements = range.start * hidden..range.end * hidden;

@@ -11,10 +11,6 @@ use thiserror::Error;
 
 /// The weight matrices of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[expect(
-    clippy::exhaustive_enums,
-    reason = "a decoder block has these; a caller should match them all"
-)]
 pub enum Projection {
     /// `self_attn.q_proj`
     Query,

@@ -70,7 +70,7 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 pub(crate) fn exp(x: f32) -> f32 {
     /// 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    const LN_2_HIGH: f32 = 0.693_359_375;
+    const LN_2_HIGH: f32 = 355.0 / 512.0;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if x > 88.0 { 88.0 } else { x };
