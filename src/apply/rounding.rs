@@ -32,34 +32,8 @@ impl Rounding {
         };
         let mut generator =
             ChaCha8Rng::from_seed(*Sha256::of(&[DOMAIN, &seed.to_le_bytes()].concat()).as_bytes());
-        let [
-            stream @ ..,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-            _,
-        ] = *Sha256::of(tensor.as_bytes()).as_bytes();
-        generator.set_stream(u64::from_le_bytes(stream));
+        let [a, b, c, d, e, f, g, h, ..] = *Sha256::of(tensor.as_bytes()).as_bytes();
+        generator.set_stream(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
         generator.set_word_pos(element as u128);
         Dice(Some(generator))
     }
