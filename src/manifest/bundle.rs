@@ -9,7 +9,8 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use panacea_formats::Sha256;
+use panacea_formats::json::JsonError;
+use panacea_formats::{Sha256, shown};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -81,15 +82,15 @@ impl Bundle {
     /// # Errors
     /// [`BundleError`] saying what is not as model-signing's bundles made with a key have it.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, BundleError> {
-        let value = json::parse(bytes).map_err(|source| BundleError::Json { source })?;
-        let media_type = value.get("mediaType").and_then(|found| found.as_str());
+        let not_json = |source| BundleError::Json { source };
+        let text = json::Text::parse(bytes).map_err(not_json)?;
+        let media_type = text.value.get("mediaType").and_then(|found| found.as_str());
         if media_type != Some(MEDIA_TYPE) {
             return Err(BundleError::MediaType {
                 found: media_type.unwrap_or("none").to_owned(),
             });
         }
-        let text: BundleText =
-            json::decode(value).map_err(|source| BundleError::Json { source })?;
+        let text: BundleText = text.decode().map_err(not_json)?;
         let key = text
             .verification_material
             .public_key
@@ -139,12 +140,15 @@ pub enum BundleError {
     /// It is not JSON, names a key twice, or a field is missing or of the wrong kind.
     #[error("it is not the JSON of a signature bundle")]
     Json {
-        /// What is wrong, and on which line when that is known.
+        /// What is wrong, and where.
         #[source]
-        source: serde_json::Error,
+        source: JsonError,
     },
     /// It is no bundle, or one of another version.
-    #[error("its media type is {found:?}, and only `{MEDIA_TYPE}` is understood")]
+    #[error(
+        "its media type is `{}`, and only `{MEDIA_TYPE}` is understood",
+        shown(found)
+    )]
     MediaType {
         /// What it says.
         found: String,
@@ -153,7 +157,10 @@ pub enum BundleError {
     #[error("it names no public key: signatures by certificate or identity are not supported")]
     NoPublicKey,
     /// What is signed is no in-toto statement.
-    #[error("its payload type is {found:?}, and only `{PAYLOAD_TYPE}` is understood")]
+    #[error(
+        "its payload type is `{}`, and only `{PAYLOAD_TYPE}` is understood",
+        shown(found)
+    )]
     PayloadType {
         /// What it says.
         found: String,
@@ -174,7 +181,7 @@ pub enum BundleError {
         source: base64::DecodeError,
     },
     /// The key is named by something else than a SHA-256 digest.
-    #[error("its key hint {found:?} is not a SHA-256 digest")]
+    #[error("its key hint `{}` is not a SHA-256 digest", shown(found))]
     Hint {
         /// What it says.
         found: String,

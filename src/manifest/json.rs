@@ -1,30 +1,43 @@
-//! JSON that two readers cannot read differently, and JSON whose bytes depend on its content alone.
+//! Signed texts as JSON: read in one way only, written in one way only.
 //!
-//! In: the bytes of a manifest, a signature or its payload. Out: a value, or a refusal; JSON lets an object name a key twice and
-//! leaves open which one counts, so a signed text with such an object could mean one thing here and another elsewhere. The other
-//! way round, [`canonical`] and [`pretty`] sort keys by their UTF-8 bytes, whatever order the value was built in.
+//! In: the bytes of a manifest, a signature or its payload. Out: a value, after it is known that no object names a key twice; JSON
+//! leaves open which one counts, so such a text could mean one thing here and another elsewhere. The other way round, [`pretty`]
+//! gives a value the same bytes whatever order it was built in.
 
-use std::fmt;
+use panacea_formats::json::{JsonError, parse_strict};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Value};
-
-/// Reads one JSON text; an object that names a key twice, at any depth, is refused.
-///
-/// Arrays and objects nest at most 127 deep (serde_json's own limit), so hostile nesting cannot exhaust the stack.
-///
-/// # Errors
-/// When `bytes` is not one JSON text in UTF-8, or an object in it names a key twice.
-pub(super) fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
-    let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let value = UniqueKeys.deserialize(&mut reader)?;
-    reader.end()?;
-    Ok(value)
+/// A text that is JSON without repeated keys.
+pub(super) struct Text<'a> {
+    text: &'a str,
+    /// What it says.
+    pub(super) value: Value,
 }
 
-/// `value` without spaces, keys sorted by their bytes.
-pub(super) fn canonical(value: &Value) -> String {
-    sorted(value).to_string()
+impl<'a> Text<'a> {
+    /// Reads `bytes`.
+    ///
+    /// # Errors
+    /// When they are not one JSON text in UTF-8, repeat a key, or nest more than 127 deep.
+    pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, JsonError> {
+        let text = match std::str::from_utf8(bytes) {
+            Ok(text) => text,
+            // JSON is UTF-8, so its own reader finds the place.
+            Err(_) => serde_json::from_slice(bytes)?,
+        };
+        let value = parse_strict(text)?;
+        Ok(Self { text, value })
+    }
+
+    /// The text as a `T`; fields that `T` does not have are passed over.
+    ///
+    /// # Errors
+    /// When a field is missing or of the wrong kind, with its place.
+    pub(super) fn decode<T: DeserializeOwned>(&self) -> Result<T, JsonError> {
+        // From the text rather than the value: a value no longer knows where it stood.
+        Ok(serde_json::from_str(self.text)?)
+    }
 }
 
 /// `value` indented by two spaces, keys sorted by their bytes, a newline at the end.
@@ -52,114 +65,53 @@ fn sorted(value: &Value) -> Value {
     }
 }
 
-/// Builds a [`Value`], refusing repeated keys on the way.
-#[derive(Clone, Copy)]
-struct UniqueKeys;
-
-impl<'de> DeserializeSeed<'de> for UniqueKeys {
-    type Value = Value;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for UniqueKeys {
-    type Value = Value;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON value")
-    }
-
-    fn visit_unit<E: de::Error>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_bool<E: de::Error>(self, value: bool) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_u64<E: de::Error>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_i64<E: de::Error>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_str<E: de::Error>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_string<E: de::Error>(self, value: String) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
-        let mut array = Vec::new();
-        while let Some(item) = items.next_element_seed(self)? {
-            array.push(item);
-        }
-        Ok(array.into())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
-        let mut object = Map::new();
-        while let Some(key) = entries.next_key::<String>()? {
-            if object.contains_key(&key) {
-                return Err(de::Error::custom(format_args!("key `{key}` appears twice")));
-            }
-            object.insert(key, entries.next_value_seed(self)?);
-        }
-        Ok(object.into())
-    }
-}
-
-/// Reads `value` as a `T`, once its keys are known to be unique.
-pub(super) fn decode<T: for<'de> Deserialize<'de>>(value: Value) -> serde_json::Result<T> {
-    serde_json::from_value(value)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn refuses_a_key_named_twice_at_any_depth() {
-        let problem = parse(br#"{"a":1,"a":1}"#).unwrap_err().to_string();
-        assert!(problem.starts_with("key `a` appears twice"), "{problem}");
-        let deep = parse(br#"[{"b":{"a":1,"c":2,"\u0061":3}}]"#);
-        assert!(deep.unwrap_err().to_string().starts_with("key `a`"));
+    fn refuses_a_key_named_twice_even_where_nobody_looks() {
+        #[derive(serde::Deserialize)]
+        struct Wanted {
+            a: u8,
+        }
+        let read = |text: &'static str| Text::parse(text.as_bytes());
+        let wanted: Wanted = read(r#"{"a":1,"b":[{"x":1,"y":2}]}"#)
+            .unwrap()
+            .decode()
+            .unwrap();
+        assert_eq!(wanted.a, 1);
+        assert!(read(r#"{"a":1,"b":[{"x":1,"x":1}]}"#).is_err());
+        assert!(read(r#"{"a":1,"\u0061":1}"#).is_err());
     }
 
     #[test]
-    fn reads_every_kind_of_value() {
-        let text = br#"{"a":[null,true,-1,18446744073709551615,0.5,"x\n"],"b":{}}"#;
-        assert_eq!(
-            parse(text).unwrap(),
-            serde_json::from_slice::<Value>(text).unwrap()
-        );
+    fn refuses_what_is_not_one_text_in_utf_8() {
+        for bytes in [
+            &b"{} {}"[..],
+            b"",
+            b"\xff",
+            b"{\"a\":\"\xff\"}",
+            b"\xef\xbb\xbf{}",
+        ] {
+            assert!(Text::parse(bytes).is_err(), "{bytes:?}");
+        }
     }
 
     #[test]
-    fn refuses_a_second_text_and_bottomless_nesting() {
-        assert!(parse(b"{} {}").is_err());
-        assert!(parse(b"").is_err());
-        assert!(parse("[".repeat(100_000).as_bytes()).is_err());
+    fn says_where_a_field_is_wrong() {
+        let text = Text::parse(b"{\n\"a\": -1}").unwrap();
+        let problem = text.decode::<std::collections::BTreeMap<String, u8>>();
+        let problem = problem.unwrap_err().to_string();
+        assert!(problem.ends_with("at line 2 column 7"), "{problem}");
     }
 
     #[test]
     fn writes_keys_in_the_order_of_their_bytes() {
-        let value = parse(r#"{"b":{"é":1,"z":2,"Z":3},"a":[{"y":0,"x":1.5}]}"#.as_bytes()).unwrap();
-        assert_eq!(
-            canonical(&value),
-            r#"{"a":[{"x":1.5,"y":0}],"b":{"Z":3,"z":2,"é":1}}"#
-        );
-        assert!(pretty(&value).starts_with("{\n  \"a\": [\n    {\n      \"x\": 1.5,"));
-        assert!(pretty(&value).ends_with("}\n"));
+        let text = r#"{"b":{"é":1,"z":2,"Z":3},"a":[{"y":0,"x":1.5}]}"#;
+        let text = pretty(&Text::parse(text.as_bytes()).unwrap().value);
+        let expected = "{\n  \"a\": [\n    {\n      \"x\": 1.5,\n      \"y\": 0\n    }\n  ],\n  \
+                        \"b\": {\n    \"Z\": 3,\n    \"z\": 2,\n    \"é\": 1\n  }\n}\n";
+        assert_eq!(text, expected);
     }
 }

@@ -20,7 +20,7 @@ use p256::pkcs8::{
     EncodePrivateKey, EncodePublicKey, LineEnding, ObjectIdentifier, PrivateKeyInfoRef,
 };
 use p384::ecdsa::signature::{Signer, Verifier};
-use panacea_formats::Sha256;
+use panacea_formats::{Sha256, shown};
 use sec1::{EcParameters, EcPrivateKey};
 use thiserror::Error;
 
@@ -408,7 +408,7 @@ fn label_in_words(label: &str) -> String {
         "DSA PRIVATE KEY" => "a DSA key".to_owned(),
         "OPENSSH PRIVATE KEY" => "an OpenSSH key".to_owned(),
         "CERTIFICATE" => "a certificate".to_owned(),
-        other => format!("a PEM block {other:?}"),
+        other => format!("a PEM block `{}`", shown(other)),
     }
 }
 

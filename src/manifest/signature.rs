@@ -12,7 +12,8 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use panacea_formats::{Hasher, Sha256};
+use panacea_formats::json::JsonError;
+use panacea_formats::{Hasher, Sha256, shown};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -113,7 +114,7 @@ pub enum SignError {
     #[error(transparent)]
     Tree(#[from] TreeError),
     /// There is nothing to sign.
-    #[error("`{name}` has no files to sign")]
+    #[error("`{}` has no files to sign", shown(name))]
     NoFiles {
         /// The directory.
         name: String,
@@ -237,9 +238,9 @@ impl Claim {
     /// [`ClaimError`] saying what is not as the format, or this program, has it.
     pub(super) fn parse(bytes: &[u8], may_ignore: &[FileName]) -> Result<Self, ClaimError> {
         let not_json = |source| ClaimError::Json { source };
-        let value = json::parse(bytes).map_err(not_json)?;
+        let text = json::Text::parse(bytes).map_err(not_json)?;
         for (field, expected) in [("_type", STATEMENT_TYPE), ("predicateType", PREDICATE_TYPE)] {
-            let found = value.get(field).and_then(|found| found.as_str());
+            let found = text.value.get(field).and_then(|found| found.as_str());
             if found != Some(expected) {
                 return Err(ClaimError::Type {
                     field,
@@ -248,7 +249,7 @@ impl Claim {
                 });
             }
         }
-        let text: ClaimText = json::decode(value).map_err(not_json)?;
+        let text: ClaimText = text.decode().map_err(not_json)?;
         let [subject] = text.subject.as_slice() else {
             return Err(ClaimError::Subjects {
                 found: text.subject.len(),
@@ -322,12 +323,15 @@ pub enum ClaimError {
     /// It is not JSON, names a key twice, or a field is missing or of the wrong kind.
     #[error("what is signed is not the JSON it should be")]
     Json {
-        /// What is wrong, and on which line when that is known.
+        /// What is wrong, and where.
         #[source]
-        source: serde_json::Error,
+        source: JsonError,
     },
     /// It is signed, but not as a model's signature.
-    #[error("the signed `{field}` is {found:?}, and only `{expected}` is understood")]
+    #[error(
+        "the signed `{field}` is `{}`, and only `{expected}` is understood",
+        shown(found)
+    )]
     Type {
         /// The field.
         field: &'static str,
@@ -343,7 +347,10 @@ pub enum ClaimError {
         found: usize,
     },
     /// The files were hashed in a way that this program does not know.
-    #[error("the files were hashed with `{field}` {found:?}, and only `{expected}` is understood")]
+    #[error(
+        "the files were hashed with the {field} `{}`, and only `{expected}` is understood",
+        shown(found)
+    )]
     Method {
         /// The field.
         field: &'static str,
@@ -380,7 +387,10 @@ pub enum ClaimError {
         name: FileName,
     },
     /// It leaves out more than the signature itself and the repository's own files.
-    #[error("the signature leaves out {name:?}, which could hold anything")]
+    #[error(
+        "the signature leaves out `{}`, which could hold anything",
+        shown(name)
+    )]
     Ignored {
         /// What it leaves out.
         name: String,

@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use panacea_formats::Sha256;
+use panacea_formats::json::{JsonError, canonical};
+use panacea_formats::{Sha256, shown};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -87,12 +88,16 @@ impl Statement {
     /// [`StatementError`] saying what is not as the format has it.
     pub fn parse(bytes: &[u8]) -> Result<Self, StatementError> {
         let not_json = |source| StatementError::Json { source };
-        let value = json::parse(bytes).map_err(not_json)?;
+        let text = json::Text::parse(bytes).map_err(not_json)?;
         // The types first: what they are decides what the rest should look like.
-        expect(&value, "/_type", STATEMENT_TYPE)?;
-        expect(&value, "/predicateType", PREDICATE_TYPE)?;
-        expect(&value, "/predicate/buildDefinition/buildType", BUILD_TYPE)?;
-        let text: StatementText = json::decode(value).map_err(not_json)?;
+        expect(&text.value, "/_type", STATEMENT_TYPE)?;
+        expect(&text.value, "/predicateType", PREDICATE_TYPE)?;
+        expect(
+            &text.value,
+            "/predicate/buildDefinition/buildType",
+            BUILD_TYPE,
+        )?;
+        let text: StatementText = text.decode().map_err(not_json)?;
         let subjects = text
             .subject
             .into_iter()
@@ -191,7 +196,7 @@ impl Provenance {
                 let measured = Value::Object(byproduct.measured.clone());
                 json!({
                     "name": byproduct.name,
-                    "digest": {"sha256": Sha256::of(json::canonical(&measured).as_bytes())},
+                    "digest": {"sha256": Sha256::of(canonical(&measured).as_bytes())},
                     "annotations": measured,
                 })
             })
@@ -418,9 +423,9 @@ pub enum StatementError {
     /// It is not JSON, names a key twice, or a field is missing or of the wrong kind.
     #[error("the manifest is not the JSON it should be")]
     Json {
-        /// What is wrong, and on which line when that is known.
+        /// What is wrong, and where.
         #[source]
-        source: serde_json::Error,
+        source: JsonError,
     },
     /// It is something else than a manifest, or one of another version.
     #[error("`{field}` of the manifest is {found}, where `{expected}` is understood")]
@@ -459,7 +464,7 @@ fn expect(
         found: if found.is_null() {
             "missing".to_owned()
         } else {
-            found.to_string()
+            shown(&found.to_string()).to_string()
         },
     })
 }

@@ -13,7 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use panacea_formats::Sha256;
+use panacea_formats::{Sha256, shown};
 use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
@@ -106,7 +106,7 @@ impl<'de> Deserialize<'de> for FileName {
 
 /// Why a text is not a [`FileName`].
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{name:?} is not the name of a file in a checkpoint: {why}")]
+#[error("`{}` is not the name of a file in a checkpoint: {why}", shown(name))]
 pub struct FileNameError {
     name: String,
     why: &'static str,
