@@ -290,6 +290,19 @@ mod tests {
     }
 
     #[test]
+    fn a_hint_left_out_or_empty_leaves_the_verdict_to_the_signature() {
+        let key = key();
+        let good = Bundle::seal(b"{}".to_vec(), &key).to_json();
+        let hint = format!("{{\"hint\":\"{}\"}}", key.public_key().hint());
+        for other in ["{}", "{\"hint\":\"\"}", "{\"hint\":null}"] {
+            let text = good.replace(&hint, other);
+            assert_ne!(text, good);
+            let bundle = Bundle::parse(text.as_bytes()).unwrap();
+            assert_eq!(bundle.open(&key.public_key()).unwrap(), b"{}");
+        }
+    }
+
+    #[test]
     fn refuses_other_bundles_by_what_they_are() {
         let good = Bundle::seal(b"{}".to_vec(), &key()).to_json();
         let refusal = |was: &str, is: &str| {

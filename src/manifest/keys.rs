@@ -89,7 +89,7 @@ impl PrivateKey {
         let block = key_block(text)?;
         match block.label {
             PKCS8_LABEL => {}
-            SEC1_LABEL if block.text.contains("ENCRYPTED") => {
+            SEC1_LABEL if block.text.contains("4,ENCRYPTED") => {
                 return Err(refused("an encrypted private key"));
             }
             SEC1_LABEL => {}
