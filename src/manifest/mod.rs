@@ -12,6 +12,7 @@ mod json;
 mod keys;
 mod signature;
 mod statement;
+mod timestamp;
 mod tree;
 mod verify;
 
@@ -21,9 +22,8 @@ pub use signature::{
     ClaimError, MANIFEST_NAME, SIGNATURE_NAME, SignError, Signature, ignored_by_default,
     manifest_path, signature_path,
 };
-pub use statement::{
-    Byproduct, Dependency, Provenance, Role, Statement, StatementError, Timestamp, TimestampError,
-};
+pub use statement::{Byproduct, Dependency, Provenance, Role, Statement, StatementError};
+pub use timestamp::{Timestamp, TimestampError};
 pub use tree::{FileDigest, FileName, FileNameError, TreeError, hash_directory};
 pub use verify::{
     Against, Changed, Differences, OriginUnproven, Verified, VerifyError, check_manifest, verify,
