@@ -1,1 +1,5 @@
 //! x
+
+mod digest;
+
+pub use digest::{DigestParseError, Hasher, Sha256};
