@@ -473,3 +473,209 @@ fn values_of(field: &str, records: &[Record]) -> String {
             .join(", ")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::super::rows::{Example, Request};
+    use super::*;
+
+    fn parse(text: &str, filter: &str) -> Result<Dataset<Example>, DataErrorKind> {
+        let path: DataPath = format!("rows{filter}").parse().unwrap();
+        Dataset::from_bytes(text.as_bytes(), Source::File(path))
+    }
+
+    fn responses(data: &Dataset<Example>) -> Vec<String> {
+        data.rows
+            .iter()
+            .map(|row| match &row.dialogue {
+                super::super::rows::Dialogue::Single { response, .. } => response.clone(),
+                turns => panic!("{turns:?}"),
+            })
+            .collect()
+    }
+
+    fn message(result: Result<Dataset<Example>, DataErrorKind>) -> String {
+        let error = result.unwrap_err();
+        match std::error::Error::source(&error) {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        }
+    }
+
+    const ROWS: &str = r#"{"prompt":"a","target":"1","split":"harmful"}
+{"prompt":"b","target":"2","split":"eval","is_safe":false}
+
+  {"prompt":"c","target":"3","split":"harmful","is_safe":false}"#;
+
+    #[test]
+    fn lines_and_an_array_give_the_same_rows() {
+        let array = format!(
+            "\u{feff} [{}]",
+            ROWS.replace("\n\n", "\n").replace('\n', ",")
+        );
+        let (lines, array) = (parse(ROWS, "").unwrap(), parse(&array, "").unwrap());
+        assert_eq!(responses(&lines), ["1", "2", "3"]);
+        assert_eq!(responses(&array), responses(&lines));
+        let places =
+            |data: &Dataset<Example>| data.rows.iter().map(|row| row.place).collect::<Vec<_>>();
+        assert_eq!(
+            places(&lines),
+            [Place::Line(1), Place::Line(2), Place::Line(4)]
+        );
+        assert_eq!(
+            places(&array),
+            [Place::Index(0), Place::Index(1), Place::Index(2)]
+        );
+    }
+
+    #[test]
+    fn an_object_over_several_lines_stands_where_it_begins() {
+        let data = parse(
+            "\n{\n\"prompt\": \"a\",\n\"target\": \"1\"\n}\n{\"prompt\":\"b\",\"target\":\"2\"}\n",
+            "",
+        )
+        .unwrap();
+        assert_eq!(data.rows[0].place, Place::Line(2));
+        assert_eq!(data.rows[1].place, Place::Line(6));
+    }
+
+    #[test]
+    fn bare_strings_are_passed_over_and_counted() {
+        let data = parse(
+            r#"["head", {"instruction":"a","output":"1"}, "score=93.1"]"#,
+            "",
+        )
+        .unwrap();
+        assert_eq!((data.skipped, data.rows.len()), (2, 1));
+        assert_eq!(data.rows[0].place, Place::Index(1));
+    }
+
+    #[test]
+    fn a_filter_selects_by_text_and_by_json() {
+        assert_eq!(
+            responses(&parse(ROWS, "#split=harmful").unwrap()),
+            ["1", "3"]
+        );
+        assert_eq!(
+            responses(&parse(ROWS, "#is_safe=false").unwrap()),
+            ["2", "3"]
+        );
+        assert_eq!(
+            responses(&parse(ROWS, "#split=harmful&is_safe=false").unwrap()),
+            ["3"]
+        );
+    }
+
+    #[test]
+    fn rows_that_a_filter_leaves_out_need_no_schema() {
+        let text = format!("{ROWS}\n{{\"split\":\"notes\"}}");
+        assert_eq!(parse(&text, "#split=eval").unwrap().rows.len(), 1);
+        assert!(parse(&text, "").is_err());
+    }
+
+    #[test]
+    fn a_filter_that_selects_nothing_says_what_there_is() {
+        assert_eq!(
+            message(parse(ROWS, "#split=harmfull")),
+            "none of its 3 rows has `split=harmfull`; the first of these fields holds `harmful`, `eval`"
+        );
+        assert!(message(parse(ROWS, "#part=x")).ends_with("holds nothing"));
+    }
+
+    #[test]
+    fn only_a_filter_after_the_last_hash_is_one() {
+        for plain in ["a.jsonl", "dir/a#2.jsonl", "a=b.jsonl"] {
+            let path: DataPath = plain.parse().unwrap();
+            assert_eq!(path.path(), Path::new(plain));
+        }
+        let path: DataPath = "a#2.jsonl#split=x&type=a=b".parse().unwrap();
+        assert_eq!(path.path(), Path::new("a#2.jsonl"));
+        assert_eq!(path.to_string(), "a#2.jsonl#split=x&type=a=b");
+        assert_eq!("#a=b".parse::<DataPath>(), Err(DataPathError::NoPath));
+        assert_eq!("".parse::<DataPath>(), Err(DataPathError::NoPath));
+        let not_a_filter = DataPathError::NotAFilter("b".to_owned());
+        assert_eq!("x#a=1&b".parse::<DataPath>(), Err(not_a_filter));
+    }
+
+    #[test]
+    fn malformed_json_is_placed_by_line() {
+        let found = message(parse(
+            "{\"prompt\":\"a\",\"target\":\"1\"}\n{\"prompt\":",
+            "",
+        ));
+        assert!(
+            found.starts_with("malformed JSON: EOF while parsing"),
+            "{found}"
+        );
+        assert!(found.contains("line 2"), "{found}");
+        let found = message(parse("[{\"prompt\":\"a\",\"target\":\"1\"}] trailing", ""));
+        assert!(found.contains("trailing characters"), "{found}");
+        let deep = "[".repeat(100_000);
+        assert!(message(parse(&deep, "")).contains("recursion limit"));
+        let not_text =
+            Dataset::<Example>::from_bytes(b"{\"prompt\":\"\xff\"}", Source::BuiltIn("x"));
+        assert!(matches!(not_text, Err(DataErrorKind::Malformed(_))));
+    }
+
+    #[test]
+    fn files_without_rows_are_refused() {
+        for empty in ["", " \n", "[]", "[\"score\"]", "\u{feff}"] {
+            assert!(
+                matches!(parse(empty, ""), Err(DataErrorKind::NoRows { .. })),
+                "{empty:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_not_an_object_is_refused_with_its_place() {
+        let found = message(parse("[{\"prompt\":\"a\",\"target\":\"1\"}, 5, null]", ""));
+        assert_eq!(
+            found,
+            "index 1 of the array: a number where a row is expected; index 2 of the array: null where a row is expected"
+        );
+        assert!(message(parse("3 4", "")).starts_with("line 1: a number"));
+    }
+
+    #[test]
+    fn bad_rows_are_listed_up_to_a_limit() {
+        let text = "{\"prompt\":\"a\",\"target\":\" \"}\n".repeat(Problems::LISTED + 1);
+        let found = message(parse(&text, ""));
+        assert!(
+            found.starts_with("line 1: `target` is empty; line 2:"),
+            "{found}"
+        );
+        assert!(found.ends_with("and 1 more rows"), "{found}");
+        let text = "{\"prompt\":\"a\",\"target\":\" \"}\n".repeat(Problems::LISTED);
+        assert!(!message(parse(&text, "")).contains("more"));
+    }
+
+    #[test]
+    fn compressed_files_are_recognized() {
+        let gzip = Dataset::<Example>::from_bytes(b"\x1f\x8b\x08\x00", Source::BuiltIn("x"));
+        assert!(message(gzip).starts_with("this is gzip"));
+    }
+
+    #[test]
+    fn a_file_is_opened_hashed_and_named_in_errors() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"{\"prompt\":\"abc\"}").unwrap();
+        let path = DataPath::from(file.path());
+        let data = Dataset::<Request>::open(&path).unwrap();
+        // From sha256sum.
+        let digest = "c55027ed8785f702a3c0d7235edb319205da519b3eccf8012b98500d153f5159";
+        assert_eq!(data.sha256.to_string(), digest);
+        assert_eq!(data.source, Source::File(path.clone()));
+        let error = Dataset::<Example>::open(&path).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains(&file.path().display().to_string())
+        );
+        let missing = DataPath::from(Path::new("/nonexistent/rows.jsonl"));
+        let error = Dataset::<Example>::open(&missing).unwrap_err();
+        assert!(matches!(error.kind, DataErrorKind::Io(_)));
+    }
+}

@@ -509,3 +509,218 @@ fn at(place: &Option<Place>) -> String {
         .as_ref()
         .map_or_else(String::new, |place| format!(" in {place}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::dataset::{DataPath, Dataset};
+    use super::*;
+
+    /// What transformers makes of testdata/tokenizer/rows.jsonl.
+    #[derive(serde::Deserialize)]
+    struct Expected {
+        max_length: usize,
+        vocabulary: usize,
+        alpaca: Vec<Row>,
+        chat: Vec<Row>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Row {
+        tokens: Vec<u32>,
+        in_loss: Vec<bool>,
+    }
+
+    fn directory() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/tokenizer")
+    }
+
+    fn expected() -> Expected {
+        serde_json::from_slice(&fs::read(directory().join("expected.json")).unwrap()).unwrap()
+    }
+
+    fn rows() -> Vec<Example> {
+        let path = directory().join("rows.jsonl");
+        Dataset::open(&DataPath::from(path.as_path())).unwrap().rows
+    }
+
+    fn encoder(choice: TemplateChoice, max_length: usize) -> Encoder {
+        let files = TokenizerFiles::in_directory(&directory()).unwrap();
+        Encoder::open(&files, choice, max_length, expected().vocabulary).unwrap()
+    }
+
+    /// The files of the fixture in a directory of their own, to be changed.
+    fn copy() -> tempfile::TempDir {
+        let copy = tempfile::tempdir().unwrap();
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(directory().join(name), copy.path().join(name)).unwrap();
+        }
+        copy
+    }
+
+    fn open(directory: &Path, choice: TemplateChoice) -> Result<Encoder, EncodeError> {
+        Encoder::open(&TokenizerFiles::in_directory(directory)?, choice, 64, 702)
+    }
+
+    fn assert_rows(found: &[EncodedRow], expected: &[Row]) {
+        assert_eq!(found.len(), expected.len());
+        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+            assert_eq!(found.tokens, expected.tokens, "row {i}");
+            assert_eq!(found.in_loss, expected.in_loss, "row {i}");
+        }
+    }
+
+    #[test]
+    fn alpaca_rows_have_the_tokens_that_transformers_gives_them() {
+        let Expected {
+            alpaca, max_length, ..
+        } = expected();
+        let encoder = encoder(TemplateChoice::Alpaca, max_length);
+        assert_rows(&encoder.encode(&rows()[..alpaca.len()]).unwrap(), &alpaca);
+    }
+
+    #[test]
+    fn chat_rows_have_the_tokens_that_transformers_gives_them() {
+        let Expected {
+            chat, max_length, ..
+        } = expected();
+        for choice in [TemplateChoice::Chat, TemplateChoice::Auto] {
+            let encoder = encoder(choice, max_length);
+            assert_rows(&encoder.encode(&rows()).unwrap(), &chat);
+        }
+    }
+
+    #[test]
+    fn a_row_is_cut_in_its_response_but_never_before_it() {
+        let row = &rows()[..1];
+        let whole = encoder(TemplateChoice::Raw, 64)
+            .encode(row)
+            .unwrap()
+            .remove(0);
+        let prompt = whole.in_loss.iter().take_while(|&&marked| !marked).count();
+        let cut = encoder(TemplateChoice::Raw, prompt + 1)
+            .encode(row)
+            .unwrap()
+            .remove(0);
+        assert_eq!(cut.tokens, whole.tokens[..prompt + 1]);
+        assert_eq!(cut.predicted(), 1);
+        let error = encoder(TemplateChoice::Raw, prompt)
+            .encode(row)
+            .unwrap_err();
+        assert!(matches!(error, EncodeError::NoResponseLeft { rows: 1, .. }));
+    }
+
+    #[test]
+    fn rows_that_the_cut_leaves_nothing_of_are_all_counted() {
+        let rows: Vec<_> = rows()
+            .into_iter()
+            .cycle()
+            .take(3 * CutRows::LISTED)
+            .collect();
+        let error = encoder(TemplateChoice::Alpaca, 2)
+            .encode(&rows[..6])
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "6 of 6 rows keep no token of their response when cut to 2 tokens: line 1, line 2, line 3, line 4, line 5, and 1 more"
+        );
+    }
+
+    #[test]
+    fn prompts_are_cut_at_their_beginning() {
+        let request = Request {
+            text: "What is the capital of Australia?".to_owned(),
+            input: None,
+        };
+        let whole = encoder(TemplateChoice::Chat, 64).prompt(&request).unwrap();
+        let cut = encoder(TemplateChoice::Chat, 4).prompt(&request).unwrap();
+        assert_eq!(cut, whole[whole.len() - 4..]);
+        let text = encoder(TemplateChoice::Chat, 64).decode(&whole).unwrap();
+        assert_eq!(text, "\nWhat is the capital of Australia?\n\n");
+    }
+
+    #[test]
+    fn a_token_that_the_model_does_not_know_is_refused() {
+        let files = TokenizerFiles::in_directory(&directory()).unwrap();
+        // <|user|> and <|assistant|> are the last two ids of the fixture.
+        let encoder = Encoder::open(&files, TemplateChoice::Chat, 64, 700).unwrap();
+        let error = encoder.encode(&rows()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the vocabulary does not fit: token 700 in line 1, but the model knows 700 tokens"
+        );
+        let error = Encoder::open(&files, TemplateChoice::Raw, 64, 1).unwrap_err();
+        assert!(matches!(
+            error,
+            EncodeError::VocabularyDoesNotFit {
+                place: None,
+                token: 1,
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn the_end_of_sequence_comes_from_the_first_file_that_names_a_known_token() {
+        let copy = copy();
+        let write = |name: &str, json: &str| fs::write(copy.path().join(name), json).unwrap();
+        write("tokenizer_config.json", r#"{"eos_token": "<|unknown|>"}"#);
+        let eos = || open(copy.path(), TemplateChoice::Raw).map(|encoder| encoder.eos());
+        assert!(matches!(eos(), Err(EncodeError::NoEos)));
+        write("config.json", r#"{"eos_token_id": 5}"#);
+        assert_eq!(eos().unwrap(), 5);
+        write("generation_config.json", r#"{"eos_token_id": [6, 7]}"#);
+        assert_eq!(eos().unwrap(), 6);
+        write("generation_config.json", r#"{"eos_token_id": null}"#);
+        assert_eq!(eos().unwrap(), 5);
+        write("tokenizer_config.json", r#"{"eos_token": "<|begin|>"}"#);
+        assert_eq!(eos().unwrap(), 0);
+    }
+
+    #[test]
+    fn auto_is_alpaca_without_a_chat_template() {
+        let copy = copy();
+        let config = copy.path().join("tokenizer_config.json");
+        fs::write(
+            &config,
+            r#"{"eos_token": "<|end|>", "chat_template": null}"#,
+        )
+        .unwrap();
+        let encoder = open(copy.path(), TemplateChoice::Auto).unwrap();
+        assert!(matches!(encoder.template(), Template::Alpaca));
+        let error = open(copy.path(), TemplateChoice::Chat).unwrap_err();
+        assert!(matches!(error, EncodeError::NoChatTemplate));
+    }
+
+    #[test]
+    fn a_template_in_its_own_file_goes_first() {
+        let copy = copy();
+        fs::write(copy.path().join("chat_template.jinja"), "{{ bos_token }}!").unwrap();
+        let encoder = open(copy.path(), TemplateChoice::Auto).unwrap();
+        let request = Request {
+            text: "x".to_owned(),
+            input: None,
+        };
+        assert_eq!(encoder.template().prompt(&request).unwrap(), "<|begin|>!");
+    }
+
+    #[test]
+    fn files_that_are_not_what_they_should_be_are_named() {
+        let copy = copy();
+        let write = |name: &str, text: &str| fs::write(copy.path().join(name), text).unwrap();
+        write("config.json", "[1]");
+        let error = open(copy.path(), TemplateChoice::Raw).unwrap_err();
+        assert!(matches!(error, EncodeError::SideFile { source: None, .. }));
+        assert!(
+            error
+                .to_string()
+                .ends_with("config.json` is not a JSON object")
+        );
+        write("config.json", "{}");
+        write("tokenizer.json", "{\"version\":\"1.0\"}");
+        let error = open(copy.path(), TemplateChoice::Raw).unwrap_err();
+        assert!(matches!(error, EncodeError::Tokenizer { .. }));
+        fs::remove_file(copy.path().join("tokenizer.json")).unwrap();
+        let error = open(copy.path(), TemplateChoice::Raw).unwrap_err();
+        assert!(matches!(error, EncodeError::NoTokenizer));
+    }
+}

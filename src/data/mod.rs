@@ -157,3 +157,139 @@ fn marked_safe_refused(
     }
     Ok(harmful)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    /// Writes `text` to a file of its own and gives its path.
+    fn file(directory: &Path, name: &str, text: &str) -> DataPath {
+        let path = directory.join(name);
+        fs::write(&path, text).unwrap();
+        DataPath::from(path.as_path())
+    }
+
+    fn answers(data: &Dataset<Example>) -> Vec<&str> {
+        data.rows
+            .iter()
+            .map(|row| match &row.dialogue {
+                Dialogue::Single { response, .. } => response.as_str(),
+                Dialogue::Turns(turns) => turns.last().unwrap().content.as_str(),
+            })
+            .collect()
+    }
+
+    const HARMFUL: &str = r#"{"prompt":"a","target":"Sure, a"}
+{"prompt":"b","target":"Sure, b","refusal":"Question: b\nAnswer: Not b."}
+{"prompt":"c","target":"Sure, c"}
+{"prompt":"d","target":"Sure, d"}"#;
+
+    #[test]
+    fn nothing_given_is_the_built_in_sets_without_a_task() {
+        let sets = Sets::open(&SetPaths::default()).unwrap();
+        assert_eq!(sets.harmful, builtin::harmful());
+        assert_eq!(sets.benign, builtin::benign());
+        assert_eq!(sets.task, None);
+        let own: Vec<_> = sets
+            .harmful
+            .rows
+            .iter()
+            .map(|row| row.refusal.as_deref())
+            .collect();
+        let paired: Vec<_> = answers(&sets.refusals).into_iter().map(Some).collect();
+        assert_eq!(paired, own);
+    }
+
+    #[test]
+    fn requests_without_refusals_take_built_in_ones_in_turn() {
+        let directory = tempfile::tempdir().unwrap();
+        let harmful = Some(file(directory.path(), "h", HARMFUL));
+        let sets = Sets::open(&SetPaths {
+            harmful,
+            ..SetPaths::default()
+        })
+        .unwrap();
+        let built_in = builtin::refusals().rows;
+        let expected = [
+            &built_in[0].text,
+            "Not b.",
+            &built_in[1].text,
+            &built_in[2].text,
+        ];
+        assert_eq!(answers(&sets.refusals), expected);
+        assert_eq!(sets.refusals.rows[3].dialogue.first_request(), "d");
+        assert!(matches!(sets.refusals.source, Source::BuiltIn(_)));
+    }
+
+    #[test]
+    fn refusals_are_paired_by_request_and_cycled_where_they_name_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let refusals = "{\"prompt\":\" c\",\"output\":\"Not c.\"}\n{\"output\":\"No.\"}\n{\"output\":\"Never.\"}";
+        let paths = SetPaths {
+            harmful: Some(file(directory.path(), "h", HARMFUL)),
+            refusals: Some(file(directory.path(), "r", refusals)),
+            ..SetPaths::default()
+        };
+        let sets = Sets::open(&paths).unwrap();
+        assert_eq!(answers(&sets.refusals), ["No.", "Never.", "Not c.", "No."]);
+        assert_eq!(
+            sets.refusals.sha256,
+            panacea_formats::Sha256::of(refusals.as_bytes())
+        );
+    }
+
+    #[test]
+    fn refusals_that_all_name_other_requests_are_cycled() {
+        let directory = tempfile::tempdir().unwrap();
+        let refusals = r#"[{"prompt":"x","output":"Not x."},{"prompt":"d","output":"Not d."}]"#;
+        let paths = SetPaths {
+            harmful: Some(file(directory.path(), "h", HARMFUL)),
+            refusals: Some(file(directory.path(), "r", refusals)),
+            ..SetPaths::default()
+        };
+        let sets = Sets::open(&paths).unwrap();
+        assert_eq!(
+            answers(&sets.refusals),
+            ["Not x.", "Not d.", "Not x.", "Not d."]
+        );
+    }
+
+    #[test]
+    fn refusals_in_the_harmful_file_are_credited_to_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let text = r#"{"prompt":"b","response":"Sure","is_safe":false,"refusal":"Not b."}"#;
+        let harmful = Some(file(directory.path(), "h", text));
+        let sets = Sets::open(&SetPaths {
+            harmful,
+            ..SetPaths::default()
+        })
+        .unwrap();
+        assert_eq!(sets.refusals.source, sets.harmful.source);
+        assert_eq!(sets.refusals.sha256, sets.harmful.sha256);
+    }
+
+    #[test]
+    fn a_harmful_set_with_rows_marked_safe_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let text = "{\"prompt\":\"a\",\"response\":\"x\",\"is_safe\":false}\n{\"prompt\":\"b\",\"response\":\"y\",\"is_safe\":true}";
+        let whole = file(directory.path(), "h", text);
+        let open = |harmful: DataPath| {
+            Sets::open(&SetPaths {
+                harmful: Some(harmful),
+                ..SetPaths::default()
+            })
+        };
+        let error = open(whole.clone()).unwrap_err();
+        assert!(
+            error
+                .kind
+                .to_string()
+                .starts_with("line 2: the row is marked as safe")
+        );
+        let selected = format!("{whole}#is_safe=false").parse().unwrap();
+        assert_eq!(open(selected).unwrap().harmful.rows.len(), 1);
+    }
+}

@@ -422,3 +422,204 @@ fn no_field(
         found,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read<R: Row>(json: &str) -> Result<R, RowProblem> {
+        let Value::Object(fields) = serde_json::from_str(json).unwrap() else {
+            panic!("{json}");
+        };
+        R::from_record(&Record {
+            place: Place::Line(7),
+            fields,
+        })
+    }
+
+    fn single(json: &str) -> (String, Option<String>, String) {
+        match read::<Example>(json).unwrap().dialogue {
+            Dialogue::Single { request, response } => (request.text, request.input, response),
+            turns => panic!("{turns:?}"),
+        }
+    }
+
+    fn plain(text: &str, response: &str) -> (String, Option<String>, String) {
+        (text.to_owned(), None, response.to_owned())
+    }
+
+    #[test]
+    fn every_schema_of_a_request_and_a_response_is_read() {
+        for json in [
+            r#"{"instruction":"q","output":"a"}"#,
+            r#"{"instruction":"q","input":"","output":"a","label":0}"#,
+            r#"{"instruction":"q","input":null,"output":"a"}"#,
+            r#"{"id":"advbench-0","prompt":"q","target":"a","split":"eval"}"#,
+            r#"{"prompt":"q","response":"a","category":{"x":true},"is_safe":false}"#,
+            r#"{"prompt":"q","completion":"a"}"#,
+            r#"{"request":"q","opening":"a"}"#,
+            r#"{"request":"q","answer":"a"}"#,
+            r#"{"question":"q","answer":"a"}"#,
+        ] {
+            assert_eq!(single(json), plain("q", "a"), "{json}");
+        }
+        let (text, input, response) = single(r#"{"instruction":"q","input":" i","output":"a\n"}"#);
+        assert_eq!(
+            (text.as_str(), input.as_deref(), response.as_str()),
+            ("q", Some(" i"), "a\n")
+        );
+    }
+
+    #[test]
+    fn fields_that_mean_the_same_have_an_order() {
+        // GSM8K rows carry the bare number as `answer` beside the `output` to train on.
+        let json = r#"{"instruction":"q","prompt":"p","output":"a","answer":"72"}"#;
+        assert_eq!(single(json), plain("q", "a"));
+        assert_eq!(
+            single(r#"{"instruction":null,"prompt":"p","target":"a"}"#),
+            plain("p", "a")
+        );
+    }
+
+    #[test]
+    fn a_refusal_is_taken_after_its_repeated_question() {
+        let json = r#"{"prompt":"q","response":"a","is_safe":false,"refusal":"Question: q\nAnswer: No.\nAnswer: x"}"#;
+        let example: Example = read(json).unwrap();
+        assert_eq!(example.refusal.as_deref(), Some("No.\nAnswer: x"));
+        assert_eq!(
+            (example.is_safe, example.place),
+            (Some(false), Place::Line(7))
+        );
+        let refusal: Refusal = read(json).unwrap();
+        assert_eq!(refusal.text, "No.\nAnswer: x");
+        assert_eq!(refusal.request.as_deref(), Some("q"));
+        let plain: Refusal = read(r#"{"output":"I can't. Question: why?\nAnswer: no"}"#).unwrap();
+        assert_eq!(plain.text, "I can't. Question: why?\nAnswer: no");
+        assert_eq!(plain.request, None);
+        let empty = read::<Refusal>(r#"{"refusal":"Question: q\nAnswer: "}"#);
+        assert!(matches!(empty, Err(RowProblem::Empty { .. })));
+    }
+
+    #[test]
+    fn a_request_needs_no_response() {
+        let request: Request = read(r#"{"id":"xstest-1","prompt":"q","label":"safe"}"#).unwrap();
+        assert_eq!((request.text.as_str(), request.input), ("q", None));
+        assert!(matches!(
+            read::<Example>(r#"{"prompt":"q"}"#),
+            Err(RowProblem::NoField { .. })
+        ));
+        let chat =
+            r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}"#;
+        assert_eq!(read::<Request>(chat).unwrap().text, "q");
+        let system =
+            r#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"q"}]}"#;
+        assert_eq!(
+            read::<Request>(system),
+            Err(RowProblem::NotOneQuestion { turns: 2 })
+        );
+    }
+
+    const CHAT: &str = r#"{"messages":[
+        {"role":"system","content":""},
+        {"role":"user","content":"one","name":"x"},
+        {"role":"assistant","content":"1"},
+        {"role":"user","content":"two"},
+        {"role":"assistant","content":"2"}]}"#;
+
+    #[test]
+    fn a_conversation_keeps_its_turns() {
+        let Dialogue::Turns(turns) = read::<Example>(CHAT).unwrap().dialogue else {
+            panic!("one turn");
+        };
+        let seen: Vec<_> = turns
+            .iter()
+            .map(|turn| (turn.role.as_str(), turn.content.as_str()))
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                ("system", ""),
+                ("user", "one"),
+                ("assistant", "1"),
+                ("user", "two"),
+                ("assistant", "2")
+            ]
+        );
+    }
+
+    #[test]
+    fn a_conversation_is_refused_at_its_first_answer() {
+        let dialogue = read::<Example>(CHAT).unwrap().dialogue;
+        assert_eq!(dialogue.first_request(), "one");
+        let Dialogue::Turns(turns) = dialogue.answered_with("No.") else {
+            panic!("one turn");
+        };
+        assert_eq!(turns.len(), 3);
+        assert_eq!(turns[2].content, "No.");
+        let refusal: Refusal = read(CHAT).unwrap();
+        assert_eq!(
+            (refusal.request.as_deref(), refusal.text.as_str()),
+            (Some("one"), "1")
+        );
+    }
+
+    #[test]
+    fn problems_name_the_field_and_what_it_holds() {
+        let cases = [
+            (
+                r#"{"prompt":"q","response":5}"#,
+                "`response` is a number, not a string",
+            ),
+            (r#"{"prompt":"q","response":""}"#, "`response` is empty"),
+            (r#"{"prompt":" \n","response":"a"}"#, "`prompt` is empty"),
+            (
+                r#"{"instruction":"q","input":["i"],"output":"a"}"#,
+                "`input` is an array, not a string",
+            ),
+            (
+                r#"{"messages":"hi"}"#,
+                "`messages` is a string, not an array of turns",
+            ),
+            (r#"{"messages":[]}"#, "`messages` is empty"),
+            (
+                r#"{"messages":["hi"]}"#,
+                "`messages[0]` is a string, not an object",
+            ),
+            (
+                r#"{"messages":[{"role":"user"}]}"#,
+                "`messages[0].content` is null, not a string",
+            ),
+            (
+                r#"{"messages":[{"role":"user","content":[{"type":"text"}]}]}"#,
+                "`messages[0].content` is an array, not a string",
+            ),
+            (
+                r#"{"messages":[{"role":"tool","content":"x"}]}"#,
+                "`messages[0].role` is `tool`, where `system`, `user` and `assistant` are known",
+            ),
+            (
+                r#"{"messages":[{"role":"user","content":"q"}]}"#,
+                "`messages` has no `assistant` turn",
+            ),
+            (
+                r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":" "}]}"#,
+                "`messages[1].content` is empty",
+            ),
+            (
+                r#"{"text":"x","n":1}"#,
+                "no request: there is none of `instruction`, `prompt`, `request`, `question`, but `n`, `text`",
+            ),
+            (
+                "{}",
+                "no request: there is none of `instruction`, `prompt`, `request`, `question`, but no field at all",
+            ),
+        ];
+        for (json, message) in cases {
+            assert_eq!(
+                read::<Example>(json).unwrap_err().to_string(),
+                message,
+                "{json}"
+            );
+        }
+    }
+}

@@ -242,3 +242,128 @@ fn conversation(
     segments.push(Segment::EndOfSequence);
     Ok(segments)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(text: &str, input: Option<&str>) -> Request {
+        Request {
+            text: text.to_owned(),
+            input: input.map(str::to_owned),
+        }
+    }
+
+    fn turns(contents: &[(Role, &str)]) -> Dialogue {
+        let turn = |&(role, content): &(Role, &str)| Message {
+            role,
+            content: content.to_owned(),
+        };
+        Dialogue::Turns(contents.iter().map(turn).collect())
+    }
+
+    fn chat(source: &str) -> Template {
+        Template::Chat(Box::new(ChatTemplate::compile(source, []).unwrap()))
+    }
+
+    const SIMPLE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}\
+                          {% if add_generation_prompt %}<assistant>{% endif %}";
+
+    const TWO_ANSWERS: [(Role, &str); 5] = [
+        (Role::User, "a"),
+        (Role::Assistant, " b "),
+        (Role::User, "c"),
+        (Role::Assistant, " d "),
+        (Role::User, "e"),
+    ];
+
+    #[test]
+    fn raw_is_the_request_as_it_stands() {
+        assert_eq!(Template::Raw.prompt(&request("q ", None)).unwrap(), "q ");
+        assert_eq!(
+            Template::Raw.prompt(&request("q", Some("i"))).unwrap(),
+            "q\n\ni"
+        );
+    }
+
+    #[test]
+    fn a_chat_template_sees_instruction_and_input_as_one_turn() {
+        let prompt = chat(SIMPLE).prompt(&request("q", Some("i"))).unwrap();
+        assert_eq!(prompt, "<user>q\n\ni</s><assistant>");
+    }
+
+    #[test]
+    fn every_answer_of_a_conversation_is_a_response() {
+        let segments = chat(SIMPLE).segments(&turns(&TWO_ANSWERS), "</s>").unwrap();
+        let context = |text: &str| Segment::Context(text.to_owned());
+        let response = |text: &str| Segment::Response(text.to_owned());
+        assert_eq!(
+            segments,
+            [
+                context("<user>a</s><assistant>"),
+                response("b"),
+                Segment::EndOfSequence,
+                context("<user>c</s><assistant>"),
+                response(" d "),
+                Segment::EndOfSequence,
+            ]
+        );
+    }
+
+    #[test]
+    fn a_turn_that_closes_without_the_end_of_sequence_has_it_in_the_context() {
+        let segments = chat(SIMPLE)
+            .segments(&turns(&TWO_ANSWERS), "<eos>")
+            .unwrap();
+        let after_the_first = Segment::Context("</s><user>c</s><assistant>".to_owned());
+        assert_eq!(segments[2], after_the_first);
+        assert_eq!(segments.len(), 5);
+    }
+
+    #[test]
+    fn a_template_that_rewrites_history_is_refused() {
+        let forgets = "{{ messages[-1].content }}{% if add_generation_prompt %}>{% endif %}";
+        let thinks = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}\
+                      {% if add_generation_prompt %}<assistant><think>{% endif %}";
+        for source in [forgets, thinks] {
+            let error = chat(source)
+                .segments(&turns(&TWO_ANSWERS), "</s>")
+                .unwrap_err();
+            assert!(
+                matches!(error, TemplateError::RewritesHistory { .. }),
+                "{error}"
+            );
+            // One answer has no history.
+            assert!(
+                chat(source)
+                    .segments(&turns(&TWO_ANSWERS[..2]), "</s>")
+                    .is_ok()
+            );
+        }
+    }
+
+    #[test]
+    fn without_a_chat_template_a_question_and_its_answer_still_fit() {
+        let pair = turns(&[(Role::User, "q"), (Role::Assistant, "a")]);
+        let single = Dialogue::Single {
+            request: request("q", None),
+            response: "a".to_owned(),
+        };
+        for template in [Template::Alpaca, Template::Raw] {
+            let found = template.segments(&pair, "</s>").unwrap();
+            assert_eq!(found, template.segments(&single, "</s>").unwrap());
+        }
+        let error = Template::Alpaca
+            .segments(&turns(&TWO_ANSWERS), "</s>")
+            .unwrap_err();
+        assert!(matches!(error, TemplateError::NotSingle { turns: 5 }));
+    }
+
+    #[test]
+    fn choices_are_read_as_they_are_written() {
+        for name in ["auto", "alpaca", "chat", "raw"] {
+            assert_eq!(name.parse::<TemplateChoice>().unwrap().to_string(), name);
+        }
+        assert!("Alpaca".parse::<TemplateChoice>().is_err());
+    }
+}
