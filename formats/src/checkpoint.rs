@@ -1,0 +1,295 @@
+//! A checkpoint: the tensors of a Hugging Face directory, or of one `.safetensors` file, and the files that belong to them.
+//!
+//! In: a path. Out: every tensor by name, whichever shard holds it, and the side files by name. Which files are shards is taken
+//! from the index and never from a directory listing, so that a stale shard beside them is not read.
+
+mod index;
+mod side_files;
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::error::{FormatError, Problems};
+use crate::json::JsonError;
+use crate::safetensors::SafetensorsFile;
+use crate::tensor::TensorView;
+
+pub use index::{IndexProblem, MAX_INDEX_BYTES};
+pub use side_files::{LeftOut, MAX_DEPTH, SideFile, SideFiles};
+
+use index::Index;
+
+/// The weights of a directory that is not sharded.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+
+/// The index of a directory that is.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// An open checkpoint: headers are read, tensors are mapped and untouched.
+///
+/// Symbolic links are followed, since the snapshots of the Hugging Face cache consist of them.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    layout: Layout,
+    shards: Vec<Shard>,
+    /// Name -> (position in `shards`, position in that file). For look-up only; nothing iterates over it.
+    by_name: HashMap<String, usize>,
+}
+
+/// How a checkpoint lies on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Layout {
+    /// A directory with `model.safetensors`.
+    Directory,
+    /// One `.safetensors` file. Its side files, if any, lie beside it.
+    LoneFile,
+    /// A directory with `model.safetensors.index.json` and the shards that it names.
+    Sharded,
+}
+
+/// One file of weights.
+#[derive(Debug)]
+pub struct Shard {
+    /// The file's name in its directory.
+    pub name: String,
+    /// The file.
+    pub file: SafetensorsFile,
+}
+
+impl Checkpoint {
+    /// Opens the directory or the lone file at `path`, and checks every header and the index.
+    ///
+    /// A directory with both `model.safetensors` and an index is read as the former, as transformers does.
+    ///
+    /// # Errors
+    /// When a file is missing or unsound, or the index and the shards disagree; all disagreements are listed.
+    pub fn open(path: &Path) -> Result<Self, FormatError> {
+        let metadata = std::fs::metadata(path).map_err(|error| FormatError::new(path, error))?;
+        if !metadata.is_dir() {
+            return Self::open_file(path);
+        }
+        if path.join(WEIGHTS_FILE).exists() {
+            let file = SafetensorsFile::open(&path.join(WEIGHTS_FILE))?;
+            let shard = Shard {
+                name: WEIGHTS_FILE.to_owned(),
+                file,
+            };
+            return Ok(Self::of(path, Layout::Directory, vec![shard]));
+        }
+        if path.join(INDEX_FILE).exists() {
+            return Self::open_sharded(path);
+        }
+        Err(FormatError::new(
+            path,
+            CheckpointError::NoWeights {
+                instead: other_weights(path),
+            },
+        ))
+    }
+
+    fn open_file(path: &Path) -> Result<Self, FormatError> {
+        let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default();
+        if OTHER_WEIGHTS.contains(&extension) {
+            return Err(FormatError::new(
+                path,
+                CheckpointError::OtherFormat {
+                    extension: extension.to_owned(),
+                },
+            ));
+        }
+        let name = path
+            .file_name()
+            .and_then(OsStr::to_str)
+            .ok_or_else(|| FormatError::new(path, io::Error::from(io::ErrorKind::InvalidFilename)))?
+            .to_owned();
+        let file = SafetensorsFile::open(path)?;
+        Ok(Self::of(path, Layout::LoneFile, vec![Shard { name, file }]))
+    }
+
+    fn open_sharded(path: &Path) -> Result<Self, FormatError> {
+        let index_path = path.join(INDEX_FILE);
+        let refused = |error: CheckpointError| FormatError::new(&index_path, error);
+        let index = Index::read(&index_path)?;
+        let names = index.shard_names().map_err(refused)?;
+        let missing: Vec<_> = names
+            .iter()
+            .filter(|name| !path.join(name).exists())
+            .map(|name| IndexProblem::ShardMissing {
+                shard: (*name).to_owned(),
+            })
+            .collect();
+        Problems::none_of(missing).map_err(|problems| refused(problems.into()))?;
+        let shards = names
+            .into_iter()
+            .map(|name| {
+                Ok(Shard {
+                    file: SafetensorsFile::open(&path.join(name))?,
+                    name: name.to_owned(),
+                })
+            })
+            .collect::<Result<Vec<_>, FormatError>>()?;
+        index.check_against(&shards).map_err(refused)?;
+        Ok(Self::of(path, Layout::Sharded, shards))
+    }
+
+    /// `shards` are known to share no tensor name.
+    fn of(path: &Path, layout: Layout, shards: Vec<Shard>) -> Self {
+        let by_name = shards
+            .iter()
+            .enumerate()
+            .flat_map(|(position, shard)| {
+                shard
+                    .file
+                    .tensors()
+                    .map(move |tensor| (tensor.name.to_owned(), position))
+            })
+            .collect();
+        Self {
+            path: path.to_owned(),
+            layout,
+            shards,
+            by_name,
+        }
+    }
+
+    /// The path it was opened at.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How it lies on disk.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The files of weights, by name.
+    pub fn files(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// Every tensor: file after file, and within a file in the order of the bytes.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
+        self.shards.iter().flat_map(|shard| shard.file.tensors())
+    }
+
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
+        let &shard = self.by_name.get(name)?;
+        self.shards.get(shard)?.file.tensor(name)
+    }
+
+    /// The name of the tensor that most resembles `name`, for a message about one that is not there.
+    pub fn nearest_name(&self, name: &str) -> Option<&str> {
+        crate::error::nearest(name, self.tensors().map(|tensor| tensor.name))
+    }
+
+    /// The path of the file called `name` in the directory, or beside the lone file, if there is one.
+    pub fn side_file(&self, name: &str) -> Option<PathBuf> {
+        let path = self.directory().join(name);
+        path.is_file().then_some(path)
+    }
+
+    /// The files that travel with the weights, and those that do not, by name. Of a lone file: none.
+    ///
+    /// # Errors
+    /// When a directory cannot be listed.
+    pub fn side_files(&self) -> Result<SideFiles, FormatError> {
+        match self.layout {
+            Layout::LoneFile => Ok(SideFiles::default()),
+            Layout::Directory | Layout::Sharded => {
+                let weights: Vec<&str> = self
+                    .shards
+                    .iter()
+                    .map(|shard| shard.name.as_str())
+                    .collect();
+                side_files::list(&self.path, &weights, self.layout == Layout::Sharded)
+            }
+        }
+    }
+
+    /// Whether every file of weights still has the length it was opened with.
+    ///
+    /// # Errors
+    /// The first that has not.
+    pub fn check_unchanged(&self) -> Result<(), FormatError> {
+        self.shards
+            .iter()
+            .try_for_each(|shard| shard.file.check_unchanged())
+    }
+
+    /// The directory that side files are in.
+    fn directory(&self) -> &Path {
+        match self.layout {
+            Layout::LoneFile => self.path.parent().unwrap_or(Path::new("")),
+            Layout::Directory | Layout::Sharded => &self.path,
+        }
+    }
+}
+
+/// Extensions of weights that are not safetensors.
+const OTHER_WEIGHTS: &[&str] = &["bin", "ckpt", "gguf", "h5", "msgpack", "onnx", "pt", "pth"];
+
+/// A file in `directory` that holds weights which are not read, to name it in the refusal.
+fn other_weights(directory: &Path) -> Option<String> {
+    let mut names: Vec<String> = std::fs::read_dir(directory)
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| {
+            let extension = Path::new(name).extension().and_then(OsStr::to_str);
+            extension.is_some_and(|it| it == "safetensors" || OTHER_WEIGHTS.contains(&it))
+        })
+        .collect();
+    names.sort_unstable();
+    names.into_iter().next()
+}
+
+/// Why files are not a checkpoint.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The index is not the JSON that an index is.
+    #[error("the index is not the JSON that it should be")]
+    IndexSyntax {
+        /// What is wrong, and where.
+        source: JsonError,
+    },
+    /// The index is longer than any sound one.
+    #[error("the index has {found} bytes, above the limit of {MAX_INDEX_BYTES}")]
+    IndexTooLong {
+        /// Its length.
+        found: u64,
+    },
+    /// A directory without weights.
+    #[error("it holds neither `{WEIGHTS_FILE}` nor `{INDEX_FILE}`{}", match instead {
+        Some(name) => format!("; `{}` is not read", crate::error::shown(name)),
+        None => String::new(),
+    })]
+    NoWeights {
+        /// Other weights in it.
+        instead: Option<String>,
+    },
+    /// The index does not map names to files.
+    #[error("the index has no `weight_map` from tensor names to file names")]
+    NoWeightMap,
+    /// A file of another format, by its extension.
+    #[error("`.{extension}` weights are not read here, only `.safetensors`")]
+    OtherFormat {
+        /// The extension.
+        extension: String,
+    },
+    /// Index and shards disagree.
+    #[error("{0}")]
+    Index(Problems<IndexProblem>),
+}
+
+impl From<Problems<IndexProblem>> for CheckpointError {
+    fn from(problems: Problems<IndexProblem>) -> Self {
+        Self::Index(problems)
+    }
+}

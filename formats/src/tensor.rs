@@ -1,0 +1,218 @@
+//! A tensor as it is stored: a name, an element type, a shape and borrowed bytes.
+//!
+//! Nothing is copied or decoded until it is asked for. Bytes in a safetensors file start wherever the header's length leaves
+//! them, so they are never assumed to be aligned.
+
+use std::ops::Range;
+
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
+use thiserror::Error;
+
+use crate::digest::Sha256;
+use crate::dtype::Dtype;
+
+/// A stored tensor, borrowed from its file.
+///
+/// A view handed out by this crate's readers has as many bytes as its shape and element type say.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    /// The name in its file.
+    pub name: &'a str,
+    /// The element type.
+    pub dtype: Dtype,
+    /// Outermost dimension first, row-major; empty for a scalar.
+    pub shape: &'a [usize],
+    /// The elements, little-endian, not necessarily aligned.
+    pub bytes: &'a [u8],
+}
+
+impl TensorView<'_> {
+    /// How many elements the shape holds; 1 for a scalar.
+    ///
+    /// Does not overflow for views from this crate's readers, which checked the product.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The digest of the stored bytes. Costs one pass over them.
+    pub fn digest(&self) -> Sha256 {
+        Sha256::of(self.bytes)
+    }
+
+    /// Widens the elements in `range` to `f32` into `out`, which is as long as `range`. Exact for every value; a NaN stays a NaN.
+    ///
+    /// # Errors
+    /// [`WidenError`] when the element type is not `F32`, `F16` or `BF16`, or when the lengths do not fit.
+    pub fn widen_into(&self, range: Range<usize>, out: &mut [f32]) -> Result<(), WidenError> {
+        let width = self
+            .dtype
+            .patchable_width()
+            .ok_or(WidenError::Dtype { dtype: self.dtype })?;
+        let misfit = WidenError::Range {
+            start: range.start,
+            end: range.end,
+            elements: self.bytes.len() / width,
+            room: out.len(),
+        };
+        if range.end.checked_sub(range.start) != Some(out.len()) {
+            return Err(misfit);
+        }
+        let bytes = range
+            .start
+            .checked_mul(width)
+            .zip(range.end.checked_mul(width))
+            .and_then(|(start, end)| self.bytes.get(start..end))
+            .ok_or(misfit)?;
+        widen(self.dtype, bytes, out);
+        Ok(())
+    }
+}
+
+/// Widens little-endian `bytes` of a patchable `dtype` to `out`. As many elements are written as both hold.
+fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => {
+            for (value, &bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *value = f32::from_le_bytes(bytes);
+            }
+        }
+        Dtype::BF16 => {
+            for (value, &bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *value = bf16::from_le_bytes(bytes).to_f32();
+            }
+        }
+        Dtype::F16 => {
+            // Through an aligned block, because the vector conversion takes a slice of halves.
+            let mut block = [0_u16; BLOCK];
+            for (out, bytes) in out.chunks_mut(BLOCK).zip(bytes.chunks(2 * BLOCK)) {
+                let block = &mut block[..out.len()];
+                for (bits, &bytes) in block.iter_mut().zip(bytes.as_chunks().0) {
+                    *bits = u16::from_le_bytes(bytes);
+                }
+                block.reinterpret_cast::<f16>().convert_to_f32_slice(out);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Halves converted at once: on the stack, and long enough that the detection of the instruction costs nothing.
+const BLOCK: usize = 512;
+
+/// Why elements were not widened.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WidenError {
+    /// An element type without an exact `f32` value for each element.
+    #[error("{dtype} elements cannot be read as numbers to patch; F32, F16 and BF16 can")]
+    Dtype {
+        /// The element type.
+        dtype: Dtype,
+    },
+    /// A range outside of the tensor, or of another length than the room for it.
+    #[error("elements {start}..{end} of {elements} do not fit room for {room}")]
+    Range {
+        /// First element asked for.
+        start: usize,
+        /// One past the last.
+        end: usize,
+        /// Elements in the tensor.
+        elements: usize,
+        /// Length of the output.
+        room: usize,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view<'a>(dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> TensorView<'a> {
+        TensorView {
+            name: "t",
+            dtype,
+            shape,
+            bytes,
+        }
+    }
+
+    /// IEEE 754 by its definition: sign, power of two, fraction. Slow, and shares nothing with the code under test.
+    fn decode(bits: u32, exponent_bits: u32, mantissa_bits: u32) -> f64 {
+        let sign = if bits >> (exponent_bits + mantissa_bits) == 1 {
+            -1.0
+        } else {
+            1.0
+        };
+        let exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
+        let mantissa = f64::from(bits & ((1 << mantissa_bits) - 1));
+        let scale = 2_f64.powi(mantissa_bits.cast_signed());
+        let bias = (1_i32 << (exponent_bits - 1)) - 1;
+        match exponent {
+            0 => sign * mantissa / scale * 2_f64.powi(1 - bias),
+            top if top == (1 << exponent_bits) - 1 => {
+                if mantissa == 0.0 {
+                    sign * f64::INFINITY
+                } else {
+                    f64::NAN
+                }
+            }
+            _ => sign * (1.0 + mantissa / scale) * 2_f64.powi(exponent.cast_signed() - bias),
+        }
+    }
+
+    #[test]
+    fn every_half_widens_to_its_exact_value_from_an_odd_address() {
+        let mut bytes = vec![0xAA];
+        bytes.extend((0..=u16::MAX).flat_map(u16::to_le_bytes));
+        for (dtype, exponent, mantissa) in [(Dtype::F16, 5, 10), (Dtype::BF16, 8, 7)] {
+            let shape = [65_536];
+            let view = view(dtype, &shape, &bytes[1..]);
+            let mut wide = vec![0.0; 65_536];
+            view.widen_into(0..65_536, &mut wide).unwrap();
+            for (bits, &found) in (0_u32..).zip(&wide) {
+                let wanted = decode(bits, exponent, mantissa);
+                if wanted.is_nan() {
+                    assert!(found.is_nan(), "{dtype} {bits:#06x}: {found}");
+                } else {
+                    assert_eq!(
+                        f64::from(found).to_bits(),
+                        wanted.to_bits(),
+                        "{dtype} {bits:#06x}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_range_starts_at_its_element() {
+        let bytes: Vec<u8> = (0..700_u16)
+            .flat_map(|i| f16::from_f32(f32::from(i)).to_le_bytes())
+            .collect();
+        let shape = [7, 100];
+        let mut out = [0.0; 3];
+        view(Dtype::F16, &shape, &bytes)
+            .widen_into(511..514, &mut out)
+            .unwrap();
+        assert_eq!(out, [511.0, 512.0, 513.0]);
+    }
+
+    #[test]
+    fn refuses_what_it_cannot_widen() {
+        let shape = [2];
+        let mut out = [0.0; 2];
+        let mut widen = |dtype, range| view(dtype, &shape, &[0; 4]).widen_into(range, &mut out);
+        assert_eq!(
+            widen(Dtype::I16, 0..2),
+            Err(WidenError::Dtype { dtype: Dtype::I16 })
+        );
+        assert!(widen(Dtype::BF16, 0..2).is_ok());
+        assert!(widen(Dtype::BF16, 1..3).is_err());
+        assert!(widen(Dtype::BF16, 0..1).is_err());
+        assert!(widen(Dtype::BF16, usize::MAX / 2..usize::MAX / 2 + 2).is_err());
+        #[expect(clippy::reversed_empty_ranges, reason = "the range under test")]
+        let backwards = 2..0;
+        assert!(widen(Dtype::BF16, backwards).is_err());
+    }
+}

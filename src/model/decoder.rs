@@ -1,0 +1,462 @@
+//! The whole decoder: losses, and their gradients with respect to the targets.
+//!
+//! In: values for the target matrices and a [`Pack`]. Out: a [`LossSum`], with its gradient added to a
+//! [`TargetTensors`]. There is no tape: each block has its hand-written backward ([`super::block`]), which runs from the
+//! last block to the first that holds a target, and stops there.
+
+use panacea_formats::TensorView;
+use thiserror::Error;
+
+use super::block::{Below, Gradients, Layer, Saved, Scratch, Tokens};
+use super::config::Config;
+use super::head::{Head, HeadScratch, LossSum, Objective};
+use super::kernels::attention::Pattern;
+use super::kernels::rope::Rotations;
+use super::pack::Pack;
+use super::targets::{Target, TargetSelection};
+use super::tensors::TargetTensors;
+use super::weights::{BlockMatrices, Weights, WeightsError, widen};
+
+/// Whether the forward keeps each block's activations for the backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// They are kept: fastest.
+    #[default]
+    Keep,
+    /// Only each block's input is kept and the rest computed again: a third more work, one block's memory.
+    Recompute,
+}
+
+/// A decoder over a checkpoint's tensors, with a selection of them as targets.
+#[derive(Debug)]
+pub struct Decoder<'c> {
+    config: Config,
+    weights: Weights<'c>,
+    activations: Activations,
+    rotations: Rotations,
+    workspace: Workspace,
+}
+
+/// Why a pack cannot be computed.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PackError {
+    /// A token outside of the vocabulary.
+    #[error("token {token} is outside of the model's vocabulary of {vocab_size}")]
+    Token {
+        /// The token id.
+        token: u32,
+        /// Number of embeddings.
+        vocab_size: usize,
+    },
+}
+
+/// Buffers kept between calls, so that a step allocates nothing that the one before did not.
+#[derive(Debug, Default)]
+struct Workspace {
+    matrices: BlockMatrices,
+    /// The input of each block and, last, the output of the last one; two of them, in turn, without a backward.
+    inputs: Vec<Vec<f32>>,
+    /// What each block kept; one for all with [`Activations::Recompute`] or without a backward.
+    saved: Vec<Saved>,
+    scratch: Scratch,
+    head: HeadScratch,
+    d: Vec<f32>,
+    positions: Vec<usize>,
+}
+
+impl<'c> Decoder<'c> {
+    /// Resolves the tensors of `config` among `tensors`, and the targets among its matrices.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when a tensor is missing, has another shape or a dtype that cannot be computed with, when a block holds
+    /// a tensor that would go unused, or when no matrix is selected.
+    pub fn new<I>(
+        config: Config,
+        tensors: I,
+        selection: &TargetSelection,
+    ) -> Result<Self, WeightsError>
+    where
+        I: IntoIterator<Item = TensorView<'c>>,
+    {
+        let by_name: std::collections::HashMap<&str, TensorView<'c>> =
+            tensors.into_iter().map(|view| (view.name, view)).collect();
+        let find = |name: &str| by_name.get(name).copied();
+        let weights = Weights::resolve(&config, &find, &mut by_name.keys().copied(), selection)?;
+        Ok(Self {
+            config,
+            weights,
+            activations: Activations::default(),
+            rotations: Rotations::default(),
+            workspace: Workspace::default(),
+        })
+    }
+
+    /// Chooses between memory and work.
+    #[must_use]
+    pub fn with_activations(self, activations: Activations) -> Self {
+        Self {
+            activations,
+            ..self
+        }
+    }
+
+    /// The resolved `config.json`.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The selected matrices, in the order of every [`TargetTensors`].
+    pub fn targets(&self) -> &[Target] {
+        &self.weights.targets
+    }
+
+    /// The targets' stored values, widened to f32.
+    ///
+    /// # Errors
+    /// [`WeightsError::NotFinite`] when one of them is NaN or infinite.
+    pub fn target_values(&self) -> Result<TargetTensors, WeightsError> {
+        self.weights.target_values()
+    }
+
+    /// Bytes of activations and logits that a pack of `tokens` tokens needs at most, besides weights and gradients.
+    pub fn activation_bytes(&self, tokens: usize) -> usize {
+        let config = &self.config;
+        let blocks = config.num_hidden_layers;
+        let kept = match self.activations {
+            Activations::Keep => blocks,
+            Activations::Recompute => 1,
+        };
+        let scratch = 2 * config.heads().row() + 2 * config.hidden_size + config.intermediate_size;
+        let floats =
+            kept * Saved::floats_per_token(config) + (blocks + 2) * config.hidden_size + scratch;
+        4 * tokens * floats
+    }
+
+    /// The next-token loss of `pack` with the targets at `values`.
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn loss(&mut self, values: &TargetTensors, pack: &Pack) -> Result<LossSum, PackError> {
+        let x = self.forward(values, pack, Pass::Forward)?;
+        let (head, workspace) = self.head();
+        let loss = head.loss(
+            &workspace.inputs[x],
+            pack,
+            Objective::NextToken,
+            None,
+            &mut workspace.head,
+        );
+        Ok(loss)
+    }
+
+    /// The next-token loss of each predicted position by itself, in nats, in the order of [`Pack::predictions`].
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn token_losses(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+    ) -> Result<Vec<f64>, PackError> {
+        self.loss(values, pack)?;
+        Ok(self.workspace.head.losses().to_vec())
+    }
+
+    /// As [`Self::loss`]; adds the gradient of the *sum* over predicted tokens to `gradient`.
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn loss_and_gradient(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+        gradient: &mut TargetTensors,
+    ) -> Result<LossSum, PackError> {
+        self.forward_and_backward(values, pack, Objective::NextToken, gradient)
+    }
+
+    /// What [`Self::divergence`] compares with: the final hidden states at the predicted positions, predictions x hidden.
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn reference(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+    ) -> Result<Vec<f32>, PackError> {
+        let x = self.forward(values, pack, Pass::Forward)?;
+        let (head, workspace) = self.head();
+        Ok(head.hidden(&workspace.inputs[x], pack, &mut workspace.head))
+    }
+
+    /// KL(reference || this) over the next token, summed over the predicted positions of `pack`, in nats.
+    ///
+    /// `reference`: what [`Self::reference`] gave for the same pack with other values.
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn divergence(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+        reference: &[f32],
+    ) -> Result<LossSum, PackError> {
+        let x = self.forward(values, pack, Pass::Forward)?;
+        let (head, workspace) = self.head();
+        let objective = Objective::Divergence { reference };
+        Ok(head.loss(
+            &workspace.inputs[x],
+            pack,
+            objective,
+            None,
+            &mut workspace.head,
+        ))
+    }
+
+    /// As [`Self::divergence`]; adds the gradient of the sum to `gradient`.
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn divergence_and_gradient(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+        reference: &[f32],
+        gradient: &mut TargetTensors,
+    ) -> Result<LossSum, PackError> {
+        self.forward_and_backward(values, pack, Objective::Divergence { reference }, gradient)
+    }
+
+    /// The logits at each predicted position, predictions x vocab: for tests and for looking at small models.
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn logits(&mut self, values: &TargetTensors, pack: &Pack) -> Result<Vec<f32>, PackError> {
+        let x = self.forward(values, pack, Pass::Forward)?;
+        let (head, workspace) = self.head();
+        Ok(head.all_logits(&workspace.inputs[x], pack, &mut workspace.head))
+    }
+
+    fn forward_and_backward(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+        objective: Objective<'_>,
+        gradient: &mut TargetTensors,
+    ) -> Result<LossSum, PackError> {
+        let x = self.forward(values, pack, Pass::ForwardAndBackward)?;
+        let mut d = std::mem::take(&mut self.workspace.d);
+        let (head, workspace) = self.head();
+        let loss = head.loss(
+            &workspace.inputs[x],
+            pack,
+            objective,
+            Some(&mut d),
+            &mut workspace.head,
+        );
+        self.backward(values, pack, &mut d, gradient);
+        self.workspace.d = d;
+        Ok(loss)
+    }
+
+    /// Runs all blocks; returns which of the workspace's `inputs` holds the last block's output.
+    fn forward(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+        pass: Pass,
+    ) -> Result<usize, PackError> {
+        self.prepare(pack, pass);
+        self.embed(pack)?;
+        let Self {
+            config,
+            weights,
+            activations,
+            rotations,
+            workspace,
+            ..
+        } = self;
+        let Workspace {
+            matrices,
+            inputs,
+            saved,
+            scratch,
+            positions,
+            ..
+        } = workspace;
+        let tokens = tokens(config, pack, positions, rotations);
+        let mut current = 0;
+        for (index, block) in weights.blocks.iter().enumerate() {
+            matrices.load(block, values);
+            let (next, slot) = match (pass, *activations) {
+                (Pass::Forward, _) => (1 - current, 0),
+                (Pass::ForwardAndBackward, Activations::Recompute) => (index + 1, 0),
+                (Pass::ForwardAndBackward, Activations::Keep) => (index + 1, index),
+            };
+            let mut out = std::mem::take(&mut inputs[next]);
+            Layer {
+                config,
+                block,
+                matrices,
+            }
+            .forward(
+                &inputs[current],
+                tokens,
+                &mut saved[slot],
+                scratch,
+                &mut out,
+            );
+            inputs[next] = out;
+            current = next;
+        }
+        Ok(current)
+    }
+
+    /// Runs the blocks back from the last to the first that holds a target; `d` is the gradient of the last one's output.
+    fn backward(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+        d: &mut [f32],
+        gradient: &mut TargetTensors,
+    ) {
+        let Self {
+            config,
+            weights,
+            activations,
+            rotations,
+            workspace,
+        } = self;
+        let Workspace {
+            matrices,
+            inputs,
+            saved,
+            scratch,
+            positions,
+            ..
+        } = workspace;
+        let tokens = tokens(config, pack, positions, rotations);
+        let Some(lowest) = weights.targets.iter().map(|target| target.block).min() else {
+            return;
+        };
+        for (index, block) in weights.blocks.iter().enumerate().skip(lowest).rev() {
+            matrices.load(block, values);
+            let layer = Layer {
+                config,
+                block,
+                matrices,
+            };
+            let slot = match activations {
+                Activations::Keep => index,
+                Activations::Recompute => {
+                    let mut out = std::mem::take(&mut inputs[index + 1]);
+                    layer.forward(&inputs[index], tokens, &mut saved[0], scratch, &mut out);
+                    inputs[index + 1] = out;
+                    0
+                }
+            };
+            let below = if index == lowest {
+                Below::Nothing
+            } else {
+                Below::Targets
+            };
+            let gradients = Gradients {
+                d,
+                targets: gradient,
+            };
+            layer.backward(
+                &inputs[index],
+                tokens,
+                &mut saved[slot],
+                below,
+                scratch,
+                gradients,
+            );
+        }
+    }
+
+    /// Makes room, and the table of positions and rotations.
+    fn prepare(&mut self, pack: &Pack, pass: Pass) {
+        let blocks = self.config.num_hidden_layers;
+        let (inputs, saved) = match (pass, self.activations) {
+            (Pass::Forward, _) => (2, 1),
+            (Pass::ForwardAndBackward, Activations::Recompute) => (blocks + 1, 1),
+            (Pass::ForwardAndBackward, Activations::Keep) => (blocks + 1, blocks),
+        };
+        let workspace = &mut self.workspace;
+        if workspace.inputs.len() < inputs {
+            workspace.inputs.resize_with(inputs, Vec::new);
+        }
+        if workspace.saved.len() < saved {
+            workspace.saved.resize_with(saved, Saved::default);
+        }
+        workspace.positions.clear();
+        workspace
+            .positions
+            .extend(pack.starts.windows(2).flat_map(|row| 0..row[1] - row[0]));
+        let longest = pack
+            .starts
+            .windows(2)
+            .map(|row| row[1] - row[0])
+            .max()
+            .unwrap_or(0);
+        if self.rotations.positions() < longest {
+            self.rotations =
+                Rotations::new(&self.config.frequencies, longest.next_multiple_of(128));
+        }
+    }
+
+    /// Looks up the tokens' embeddings into the first block's input.
+    fn embed(&mut self, pack: &Pack) -> Result<(), PackError> {
+        let (hidden, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
+        let outside = pack
+            .tokens
+            .iter()
+            .chain(pack.predictions.iter().map(|p| &p.token));
+        if let Some(&token) = outside
+            .into_iter()
+            .find(|&&token| token as usize >= vocab_size)
+        {
+            return Err(PackError::Token { token, vocab_size });
+        }
+        let x = &mut self.workspace.inputs[0];
+        x.resize(pack.tokens.len() * hidden, 0.0);
+        for (row, &token) in x.chunks_exact_mut(hidden).zip(&pack.tokens) {
+            widen(&self.weights.embedding, token as usize * hidden, row);
+        }
+        Ok(())
+    }
+
+    fn head(&mut self) -> (Head<'_>, &mut Workspace) {
+        let head = Head {
+            norm: &self.weights.final_norm,
+            epsilon: self.config.rms_norm_eps,
+            matrix: &self.weights.head,
+        };
+        (head, &mut self.workspace)
+    }
+}
+
+/// Whether a backward will follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pass {
+    Forward,
+    ForwardAndBackward,
+}
+
+fn tokens<'a>(
+    config: &Config,
+    pack: &'a Pack,
+    positions: &'a [usize],
+    rotations: &'a Rotations,
+) -> Tokens<'a> {
+    Tokens {
+        pattern: Pattern {
+            starts: &pack.starts,
+            window: config.sliding_window,
+        },
+        positions,
+        rotations,
+    }
+}

@@ -1,0 +1,340 @@
+//! From the last block's output to a loss, and back.
+//!
+//! In: tokens x hidden. Out: the loss summed over the predicted positions and, if wanted, its gradient with respect to
+//! the input. Logits exist only for positions whose next token is predicted, a chunk of them at a time, and the output
+//! matrix is widened tile by tile, so neither the tokens x vocabulary nor the f32 vocabulary x hidden matrix ever exists.
+
+use panacea_formats::TensorView;
+use rayon::prelude::*;
+
+use super::kernels::{dot, exp, max, norm, simd};
+use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
+use super::pack::{Pack, Prediction};
+use super::weights::widen;
+
+/// Bytes of logits that exist at once.
+const LOGITS_BYTES: usize = 24 << 20;
+
+/// Bytes of the output matrix that are widened at once.
+const TILE_BYTES: usize = 16 << 20;
+
+/// A loss summed over predicted tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct LossSum {
+    /// Sum over the predicted tokens, in nats.
+    pub sum: f64,
+    /// How many were predicted.
+    pub count: usize,
+}
+
+impl LossSum {
+    /// Mean per predicted token, in nats.
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "token counts are far below 2^53"
+    )]
+    pub fn mean(self) -> f64 {
+        self.sum / self.count as f64
+    }
+}
+
+impl LossSum {
+    /// The loss of one token.
+    pub(crate) fn of_token(loss: f64) -> Self {
+        Self {
+            sum: loss,
+            count: 1,
+        }
+    }
+}
+
+impl std::iter::Sum for LossSum {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self::default(), |mut sum, part| {
+            sum += part;
+            sum
+        })
+    }
+}
+
+impl std::ops::AddAssign for LossSum {
+    fn add_assign(&mut self, other: Self) {
+        self.sum += other.sum;
+        self.count += other.count;
+    }
+}
+
+/// What the logits are compared with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Objective<'a> {
+    /// The next token: -ln p(token).
+    NextToken,
+    /// The distribution that other hidden states (predictions x hidden, already normalized) give: KL(other || this).
+    Divergence { reference: &'a [f32] },
+}
+
+/// The final norm and the output matrix.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Head<'a> {
+    pub(crate) norm: &'a [f32],
+    pub(crate) epsilon: f32,
+    /// vocab x hidden.
+    pub(crate) matrix: &'a TensorView<'a>,
+}
+
+/// Buffers that are kept between calls.
+#[derive(Debug, Default)]
+pub(crate) struct HeadScratch {
+    rows: Vec<f32>,
+    scales: Vec<f32>,
+    normed: Vec<f32>,
+    d_normed: Vec<f32>,
+    logits: Vec<f32>,
+    reference_logits: Vec<f32>,
+    tile: Vec<f32>,
+    losses: Vec<f64>,
+}
+
+impl HeadScratch {
+    /// The loss of each predicted position in the last call of [`Head::loss`].
+    pub(crate) fn losses(&self) -> &[f64] {
+        &self.losses
+    }
+}
+
+impl Head<'_> {
+    /// The loss of `x` (tokens x hidden); `d`, where given, is overwritten with its gradient (tokens x hidden).
+    pub(crate) fn loss(
+        self,
+        x: &[f32],
+        pack: &Pack,
+        objective: Objective<'_>,
+        d: Option<&mut Vec<f32>>,
+        scratch: &mut HeadScratch,
+    ) -> LossSum {
+        let (hidden, vocab) = (self.norm.len(), self.vocab());
+        self.normalize(x, pack, scratch);
+        let HeadScratch {
+            rows,
+            scales,
+            normed,
+            d_normed,
+            logits,
+            reference_logits,
+            tile,
+            losses,
+        } = scratch;
+        let predictions = &pack.predictions;
+        let chunk = (LOGITS_BYTES / 4 / vocab).max(8);
+        d_normed.clear();
+        d_normed.resize(if d.is_some() { normed.len() } else { 0 }, 0.0);
+        losses.clear();
+        losses.resize(predictions.len(), 0.0);
+        for first in (0..predictions.len()).step_by(chunk) {
+            let range = first..predictions.len().min(first + chunk);
+            let elements = range.start * hidden..range.end * hidden;
+            self.logits(&normed[elements.clone()], logits, tile);
+            if let Objective::Divergence { reference } = objective {
+                self.logits(&reference[elements.clone()], reference_logits, tile);
+            }
+            let want_gradient = d.is_some();
+            let losses = &mut losses[range.clone()];
+            match objective {
+                Objective::NextToken => (
+                    logits.par_chunks_exact_mut(vocab),
+                    &predictions[range],
+                    losses,
+                )
+                    .into_par_iter()
+                    .for_each(|(row, prediction, loss)| {
+                        *loss = simd(|| next_token(row, *prediction, want_gradient))
+                    }),
+                Objective::Divergence { .. } => {
+                    (
+                        logits.par_chunks_exact_mut(vocab),
+                        reference_logits.par_chunks_exact_mut(vocab),
+                        losses,
+                    )
+                        .into_par_iter()
+                        .for_each(|(row, reference, loss)| {
+                            *loss = simd(|| divergence(row, reference))
+                        });
+                }
+            }
+            if want_gradient {
+                self.back_to_hidden(logits, &mut d_normed[elements], tile);
+            }
+        }
+        if let Some(d) = d {
+            d.clear();
+            d.resize(x.len(), 0.0);
+            // Rows of `normed` are no longer needed: they take the gradient before the norm.
+            normed.fill(0.0);
+            norm::backward(d_normed, rows, self.norm, scales, normed);
+            for (prediction, row) in predictions.iter().zip(normed.chunks_exact(hidden)) {
+                let at = prediction.position * hidden;
+                d[at..at + hidden].copy_from_slice(row);
+            }
+        }
+        LossSum {
+            sum: losses.iter().sum(),
+            count: predictions.len(),
+        }
+    }
+
+    /// The final norm's output at each predicted position, predictions x hidden: all that the logits depend on.
+    pub(crate) fn hidden(self, x: &[f32], pack: &Pack, scratch: &mut HeadScratch) -> Vec<f32> {
+        self.normalize(x, pack, scratch);
+        scratch.normed.clone()
+    }
+
+    /// The logits at each predicted position, predictions x vocab: for tests and for looking at small models.
+    pub(crate) fn all_logits(self, x: &[f32], pack: &Pack, scratch: &mut HeadScratch) -> Vec<f32> {
+        self.normalize(x, pack, scratch);
+        let mut logits = Vec::new();
+        self.logits(&scratch.normed, &mut logits, &mut scratch.tile);
+        logits
+    }
+
+    fn vocab(self) -> usize {
+        self.matrix.shape[0]
+    }
+
+    /// Gathers the predicted positions' rows of `x` and normalizes them.
+    fn normalize(self, x: &[f32], pack: &Pack, scratch: &mut HeadScratch) {
+        let hidden = self.norm.len();
+        let HeadScratch {
+            rows,
+            scales,
+            normed,
+            ..
+        } = scratch;
+        rows.clear();
+        for prediction in &pack.predictions {
+            let at = prediction.position * hidden;
+            rows.extend_from_slice(&x[at..at + hidden]);
+        }
+        normed.resize(rows.len(), 0.0);
+        scales.resize(pack.predictions.len(), 0.0);
+        norm::forward(rows, self.norm, self.epsilon, normed, scales);
+    }
+
+    /// `logits = normed matrix^T`, predictions x vocab.
+    fn logits(self, normed: &[f32], logits: &mut Vec<f32>, tile: &mut Vec<f32>) {
+        let (hidden, vocab) = (self.norm.len(), self.vocab());
+        let n = normed.len() / hidden;
+        logits.resize(n * vocab, 0.0);
+        self.for_each_tile(tile, |first, tile| {
+            let rows = tile.len() / hidden;
+            matmul(
+                MatrixMut::strided(&mut logits[first..], n, rows, vocab),
+                Output::Overwrite,
+                1.0,
+                Matrix::new(normed, n, hidden),
+                Matrix::new(tile, rows, hidden).t(),
+                Threads::All,
+            );
+        });
+    }
+
+    /// `d_normed += d_logits matrix`.
+    fn back_to_hidden(self, d_logits: &[f32], d_normed: &mut [f32], tile: &mut Vec<f32>) {
+        let (hidden, vocab) = (self.norm.len(), self.vocab());
+        let n = d_normed.len() / hidden;
+        self.for_each_tile(tile, |first, tile| {
+            let rows = tile.len() / hidden;
+            matmul(
+                MatrixMut::new(d_normed, n, hidden),
+                Output::Add,
+                1.0,
+                Matrix::strided(&d_logits[first..], n, rows, vocab),
+                Matrix::new(tile, rows, hidden),
+                Threads::All,
+            );
+        });
+    }
+
+    /// Calls `work` with the first row's index and the f32 elements of each tile of the output matrix.
+    fn for_each_tile(self, tile: &mut Vec<f32>, mut work: impl FnMut(usize, &[f32])) {
+        let (hidden, vocab) = (self.norm.len(), self.vocab());
+        let rows = (TILE_BYTES / 4 / hidden).max(1);
+        for first in (0..vocab).step_by(rows) {
+            let count = rows.min(vocab - first);
+            tile.resize(count * hidden, 0.0);
+            widen(self.matrix, first * hidden, tile);
+            work(first, tile);
+        }
+    }
+}
+
+/// -ln softmax(row)\[token]; with a gradient wanted, `row` becomes softmax(row) - onehot(token).
+#[inline(always)]
+fn next_token(row: &mut [f32], prediction: Prediction, want_gradient: bool) -> f64 {
+    let token = prediction.token as usize;
+    let score = row[token];
+    let (top, sum) = exponentials(row);
+    if want_gradient {
+        let share = 1.0 / sum;
+        for p in row.iter_mut() {
+            *p *= share;
+        }
+        row[token] -= 1.0;
+    }
+    f64::from(top) + f64::from(sum).ln() - f64::from(score)
+}
+
+/// KL(softmax(reference) || softmax(row)); `row` becomes the gradient softmax(row) - softmax(reference).
+#[inline(always)]
+fn divergence(row: &mut [f32], reference: &mut [f32]) -> f64 {
+    let (top, sum) = log_sum_exp(row);
+    let (reference_top, reference_sum) = log_sum_exp(reference);
+    let (lse, reference_lse) = (top + sum.ln(), reference_top + reference_sum.ln());
+    // p ln(p / q) is reference_p * (difference of log-probabilities); the latter replaces `reference` for one dot product.
+    for (x, r) in row.iter_mut().zip(reference.iter_mut()) {
+        let log_q = *x - lse;
+        let log_p = *r - reference_lse;
+        let p = exp(log_p);
+        *x = exp(log_q) - p;
+        *r = p * (log_p - log_q);
+    }
+    reference
+        .chunks(1024)
+        .map(|part| f64::from(part.iter().sum::<f32>()))
+        .sum()
+}
+
+/// Replaces `row` with e^(x - top); returns top and the sum.
+#[inline(always)]
+fn exponentials(row: &mut [f32]) -> (f32, f32) {
+    let top = max(row);
+    for x in row.iter_mut() {
+        *x = exp(*x - top);
+    }
+    (top, lane_sum(row))
+}
+
+/// The largest element, and the sum of e^(x - top), leaving `row` alone.
+#[inline(always)]
+fn log_sum_exp(row: &[f32]) -> (f32, f32) {
+    let top = max(row);
+    let mut sum = 0.0;
+    let mut block = [0.0; 512];
+    for part in row.chunks(512) {
+        let block = &mut block[..part.len()];
+        for (e, x) in block.iter_mut().zip(part) {
+            *e = exp(*x - top);
+        }
+        sum += lane_sum(block);
+    }
+    (top, sum)
+}
+
+/// A sum in a fixed order that vectorizes.
+#[inline(always)]
+fn lane_sum(x: &[f32]) -> f32 {
+    const ONES: [f32; 512] = [1.0; 512];
+    x.chunks(512)
+        .map(|part| dot(part, &ONES[..part.len()]))
+        .sum()
+}

@@ -1,0 +1,360 @@
+//! Mean losses and gradients over any number of rows, with the checks that every method needs.
+//!
+//! In: rows and values of the targets. Out: means over predicted tokens, whatever the packs. Rows are packed up to a fixed
+//! number of tokens, so memory does not grow with a batch.
+
+use std::fmt;
+
+use thiserror::Error;
+
+use super::Observer;
+use crate::model::{Decoder, EncodedRow, LossSum, Pack, PackError, TargetTensors, WeightsError};
+
+/// Tokens computed together: enough for matrix products to run at full speed, few enough for activations to stay small.
+const PACK_TOKENS: usize = 512;
+
+/// Which rows a batch is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Set {
+    /// Requests with affirmative openings.
+    Harmful,
+    /// Requests with refusals.
+    Refusals,
+    /// The fine-tuning data.
+    Task,
+    /// Ordinary requests with answers.
+    Benign,
+}
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Harmful => "harmful",
+            Self::Refusals => "refusal",
+            Self::Task => "task",
+            Self::Benign => "benign",
+        })
+    }
+}
+
+/// Why no perturbation was found.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OptimizeError {
+    /// A set that the method needs has no rows.
+    #[error("{method} needs {set} rows, and there are none")]
+    NoRows {
+        /// The method.
+        method: &'static str,
+        /// The set.
+        set: Set,
+    },
+    /// A loss is NaN or infinite.
+    #[error("the loss of {set} rows {rows:?} at step {step} is {loss}")]
+    Loss {
+        /// Whose rows.
+        set: Set,
+        /// Their places in the set, from 0 on.
+        rows: Vec<usize>,
+        /// The step, from 0 on.
+        step: usize,
+        /// The loss.
+        loss: f64,
+    },
+    /// A gradient is zero, NaN or infinite: it has no direction.
+    #[error("the gradient of {set} rows {rows:?} at step {step} has norm {norm}")]
+    Gradient {
+        /// Whose rows.
+        set: Set,
+        /// Their places in the set, from 0 on.
+        rows: Vec<usize>,
+        /// The step, from 0 on.
+        step: usize,
+        /// The norm.
+        norm: f64,
+    },
+    /// No radius, however small, keeps to the budget.
+    #[error(
+        "even at radius {smallest} the divergence on benign text is {divergence} nats per token, above the budget of {budget}"
+    )]
+    Budget {
+        /// The smallest radius tried.
+        smallest: f64,
+        /// KL there.
+        divergence: f64,
+        /// The budget.
+        budget: f64,
+    },
+    /// A row does not fit the model.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// The model's own weights cannot be computed with.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The state to go on from is of another run.
+    #[error("the saved state does not hold the tensors of this run")]
+    State,
+    /// The observer asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Some rows of a set, by their places in it.
+#[derive(Clone, Debug)]
+pub(super) struct Batch<'r> {
+    set: Set,
+    rows: &'r [EncodedRow],
+    places: Vec<usize>,
+}
+
+impl<'r> Batch<'r> {
+    /// The rows at `places` of `rows`.
+    pub(super) fn new(set: Set, rows: &'r [EncodedRow], places: Vec<usize>) -> Self {
+        Self { set, rows, places }
+    }
+
+    /// All rows of a set.
+    pub(super) fn whole(set: Set, rows: &'r [EncodedRow]) -> Self {
+        Self::new(set, rows, (0..rows.len()).collect())
+    }
+
+    /// The rows in order, cut into packs.
+    fn packs(&self) -> Vec<Pack> {
+        let mut packs = Vec::new();
+        let mut members: Vec<&EncodedRow> = Vec::new();
+        let mut tokens = 0;
+        for &place in &self.places {
+            let row = &self.rows[place];
+            if !members.is_empty() && tokens + row.tokens.len() > PACK_TOKENS {
+                packs.push(Pack::of(members.drain(..)));
+                tokens = 0;
+            }
+            tokens += row.tokens.len();
+            members.push(row);
+        }
+        packs.push(Pack::of(members));
+        packs
+    }
+}
+
+/// `size` places of a set of `len` rows for batch number `index`, in order and wrapping around.
+pub(super) fn wrapping(len: usize, size: usize, index: usize) -> Vec<usize> {
+    (0..size).map(|k| (index * size + k) % len).collect()
+}
+
+/// A decoder, watched.
+pub(super) struct Engine<'e, 'c> {
+    pub(super) decoder: &'e mut Decoder<'c>,
+    pub(super) observer: &'e mut dyn Observer,
+    /// The step that errors speak of.
+    pub(super) step: usize,
+}
+
+impl<'e, 'c> Engine<'e, 'c> {
+    pub(super) fn new(decoder: &'e mut Decoder<'c>, observer: &'e mut dyn Observer) -> Self {
+        Self {
+            decoder,
+            observer,
+            step: 0,
+        }
+    }
+
+    /// Mean loss per predicted token.
+    pub(super) fn loss(
+        &mut self,
+        values: &TargetTensors,
+        batch: &Batch<'_>,
+    ) -> Result<f64, OptimizeError> {
+        self.over_packs(batch, |decoder, _, pack| decoder.loss(values, pack))
+    }
+
+    /// Mean loss, and its gradient in `gradient`, whose old content is dropped. The gradient is finite and not zero.
+    pub(super) fn gradient(
+        &mut self,
+        values: &TargetTensors,
+        batch: &Batch<'_>,
+        gradient: &mut TargetTensors,
+    ) -> Result<Gradient, OptimizeError> {
+        gradient.clear();
+        let mut count = 0;
+        let loss = self.over_packs(batch, |decoder, _, pack| {
+            count += pack.predictions.len();
+            decoder.loss_and_gradient(values, pack, gradient)
+        })?;
+        self.finish(batch, loss, count, gradient)
+    }
+
+    /// The mean loss of each row by itself, in the batch's order.
+    pub(super) fn row_losses(
+        &mut self,
+        values: &TargetTensors,
+        batch: &Batch<'_>,
+    ) -> Result<Vec<f64>, OptimizeError> {
+        let mut rows = Vec::with_capacity(batch.places.len());
+        self.over_packs(batch, |decoder, _, pack| {
+            let losses = decoder.token_losses(values, pack)?;
+            let mut of_row = vec![LossSum::default(); pack.starts.len() - 1];
+            for (prediction, loss) in pack.predictions.iter().zip(&losses) {
+                let row = pack
+                    .starts
+                    .partition_point(|&start| start <= prediction.position)
+                    - 1;
+                of_row[row] += LossSum::of_token(*loss);
+            }
+            rows.extend(of_row.into_iter().map(LossSum::mean));
+            Ok(losses.into_iter().map(LossSum::of_token).sum())
+        })?;
+        Ok(rows)
+    }
+
+    /// What [`Self::divergence`] compares with: hidden states for each pack of the batch.
+    pub(super) fn reference(
+        &mut self,
+        values: &TargetTensors,
+        batch: &Batch<'_>,
+    ) -> Result<Vec<Vec<f32>>, OptimizeError> {
+        let mut references = Vec::new();
+        self.over_packs(batch, |decoder, _, pack| {
+            references.push(decoder.reference(values, pack)?);
+            Ok(LossSum::default())
+        })
+        .or_else(|error| match error {
+            // Nothing was summed, so there is no mean.
+            OptimizeError::Loss { .. } => Ok(0.0),
+            other => Err(other),
+        })?;
+        Ok(references)
+    }
+
+    /// Mean KL divergence from the reference per predicted token.
+    pub(super) fn divergence(
+        &mut self,
+        values: &TargetTensors,
+        batch: &Batch<'_>,
+        reference: &[Vec<f32>],
+    ) -> Result<f64, OptimizeError> {
+        self.over_packs(batch, |decoder, index, pack| {
+            decoder.divergence(values, pack, &reference[index])
+        })
+    }
+
+    /// Mean KL divergence, and its gradient in `gradient`.
+    pub(super) fn divergence_gradient(
+        &mut self,
+        values: &TargetTensors,
+        batch: &Batch<'_>,
+        reference: &[Vec<f32>],
+        gradient: &mut TargetTensors,
+    ) -> Result<Gradient, OptimizeError> {
+        gradient.clear();
+        let mut count = 0;
+        let loss = self.over_packs(batch, |decoder, index, pack| {
+            count += pack.predictions.len();
+            decoder.divergence_and_gradient(values, pack, &reference[index], gradient)
+        })?;
+        self.finish(batch, loss, count, gradient)
+    }
+
+    /// Turns a gradient of a sum over `count` tokens into the mean's, and checks it.
+    fn finish(
+        &self,
+        batch: &Batch<'_>,
+        loss: f64,
+        count: usize,
+        gradient: &mut TargetTensors,
+    ) -> Result<Gradient, OptimizeError> {
+        gradient.scale(reciprocal(count));
+        let norm = gradient.norm();
+        if norm == 0.0 || !norm.is_finite() {
+            return Err(OptimizeError::Gradient {
+                set: batch.set,
+                rows: batch.places.clone(),
+                step: self.step,
+                norm,
+            });
+        }
+        Ok(Gradient { loss, norm })
+    }
+
+    /// Sums `work` over the batch's packs and returns the mean, which is finite.
+    fn over_packs(
+        &mut self,
+        batch: &Batch<'_>,
+        mut work: impl FnMut(&mut Decoder<'c>, usize, &Pack) -> Result<LossSum, PackError>,
+    ) -> Result<f64, OptimizeError> {
+        let packs = batch.packs();
+        let total = packs.iter().map(|pack| pack.tokens.len()).sum();
+        let what = batch.set.to_string();
+        let (mut sum, mut done) = (LossSum::default(), 0);
+        for (index, pack) in packs.iter().enumerate() {
+            if self.observer.interrupted() {
+                return Err(OptimizeError::Interrupted);
+            }
+            self.observer.progress(&what, done, total);
+            sum += work(self.decoder, index, pack)?;
+            done += pack.tokens.len();
+        }
+        self.observer.progress(&what, total, total);
+        let loss = sum.mean();
+        if loss.is_finite() {
+            Ok(loss)
+        } else {
+            Err(OptimizeError::Loss {
+                set: batch.set,
+                rows: batch.places.clone(),
+                step: self.step,
+                loss,
+            })
+        }
+    }
+}
+
+/// A mean loss with the norm of its gradient.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gradient {
+    pub(super) loss: f64,
+    pub(super) norm: f64,
+}
+
+/// 1 / count.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    reason = "the factor of an f32 gradient"
+)]
+fn reciprocal(count: usize) -> f32 {
+    (1.0 / count as f64) as f32
+}
+
+/// The f32 nearest to a factor that was computed in f64.
+#[expect(clippy::cast_possible_truncation, reason = "the factor of f32 tensors")]
+pub(super) fn factor(x: f64) -> f32 {
+    x as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_wrap_around_in_file_order() {
+        assert_eq!(wrapping(3, 2, 0), [0, 1]);
+        assert_eq!(wrapping(3, 2, 1), [2, 0]);
+        assert_eq!(wrapping(2, 5, 1), [1, 0, 1, 0, 1]);
+    }
+
+    #[test]
+    fn packs_hold_whole_rows_up_to_the_limit() {
+        let row = |n: usize| EncodedRow {
+            tokens: vec![1; n],
+            in_loss: vec![true; n],
+        };
+        let rows = [row(300), row(212), row(1), row(900), row(2)];
+        let sizes: Vec<usize> = Batch::whole(Set::Task, &rows)
+            .packs()
+            .iter()
+            .map(|p| p.tokens.len())
+            .collect();
+        assert_eq!(sizes, [512, 1, 900, 2]);
+    }
+}

@@ -1,0 +1,245 @@
+//! The paper's method, faithful to its equations, on a finished checkpoint.
+//!
+//!     for t in 0..T:
+//!         eps = rho grad h(w) / |grad h(w)|
+//!         d   = grad g(w) - lambda (grad h(w + eps) - grad h(w))
+//!         w   = AdamW(w, clip(d, 1), eta)
+//!     eps   = rho grad H(w_T) / |grad H(w_T)|       H: the whole harmful set
+//!     delta = (w_T - w0) + eps
+//!
+//! The harmful loss is never clamped, as the reference code does at 5: above the clamp its gradient vanishes, so the
+//! regularizer would change sign exactly when the perturbation has succeeded. w + eps is a buffer of its own: nothing is
+//! added in place and subtracted back.
+//!
+//! Source: Panacea, arXiv:2501.18100, algorithm 1.
+
+use super::adamw::AdamW;
+use super::engine::{Batch, Engine, OptimizeError, Set, factor, wrapping};
+use super::radius::{Radius, Search};
+use super::step::{Phase, StepRecord};
+use super::{Outcome, Rows, State};
+use crate::model::TargetTensors;
+
+/// Added to |grad h| before dividing, so that eps of a zero gradient would be zero; the reference code's value.
+const NORM_EPSILON: f64 = 1e-7;
+
+/// The norm that an update is clipped to.
+const CLIP: f64 = 1.0;
+
+/// Settings of the paper's method, under its names.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Panacea {
+    /// Perturbation intensity: the norm of eps.
+    pub rho: Radius,
+    /// Regularizer intensity.
+    pub lambda: f64,
+    /// Learning rate eta.
+    pub lr: f64,
+    /// Iterations T; 0 gives eps alone and needs no task set.
+    pub steps: usize,
+    /// Rows of each set in a step.
+    pub batch: usize,
+    /// Which gradient the last eps is along.
+    pub final_eps: FinalEps,
+    /// What is returned.
+    pub part: Part,
+}
+
+impl Default for Panacea {
+    fn default() -> Self {
+        Self {
+            rho: Radius::Fixed(1.0),
+            lambda: 0.001,
+            lr: 2e-5,
+            steps: 0,
+            batch: 10,
+            final_eps: FinalEps::Whole,
+            part: Part::Sum,
+        }
+    }
+}
+
+/// Which gradient the final eps is along.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FinalEps {
+    /// That of the whole harmful set, at w_T.
+    #[default]
+    Whole,
+    /// That of the last step's batch, at w_(T-1), as in the reference code.
+    LastBatch,
+}
+
+/// Which part of the method's result is the perturbation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Part {
+    /// (w_T - w0) + eps.
+    #[default]
+    Sum,
+    /// eps alone.
+    Eps,
+    /// w_T - w0 alone.
+    Drift,
+}
+
+pub(super) fn run(
+    engine: &mut Engine<'_, '_>,
+    rows: &Rows,
+    settings: &Panacea,
+    resumed: Option<State>,
+) -> Result<Outcome, OptimizeError> {
+    let needs = |set, rows: &[_]| match rows.is_empty() {
+        true => Err(OptimizeError::NoRows {
+            method: "panacea",
+            set,
+        }),
+        false => Ok(()),
+    };
+    needs(Set::Harmful, &rows.harmful)?;
+    let whole = Batch::whole(Set::Harmful, &rows.harmful);
+    let w0 = engine.decoder.target_values()?;
+    let mut h = w0.zeros_like();
+    let mut radii = Vec::new();
+    let rho = match settings.rho {
+        Radius::Fixed(rho) => rho,
+        Radius::Auto(budget) => {
+            let found = engine.gradient(&w0, &whole, &mut h)?;
+            h.scale(factor(1.0 / found.norm));
+            let search = Search::new(engine, rows, &w0, budget)?;
+            let rho = search.largest(engine, &h, None)?;
+            radii = rho.tried;
+            rho.radius
+        }
+    };
+    let mut run = Run {
+        w: w0.clone(),
+        eps: w0.zeros_like(),
+        adam: AdamW::new(&w0),
+        steps: Vec::new(),
+    };
+    if settings.steps > 0 {
+        needs(Set::Task, &rows.task)?;
+        if let Some(state) = resumed {
+            run.resume(state)?;
+        }
+        run.iterate(engine, rows, settings, rho, &w0, &mut h)?;
+    }
+    let Run {
+        w, mut eps, steps, ..
+    } = run;
+
+    let mut results = vec![("rho", rho)];
+    if settings.final_eps == FinalEps::Whole || settings.steps == 0 {
+        engine.step = settings.steps;
+        let found = engine.gradient(&w, &whole, &mut h)?;
+        results.extend([("h_final", found.loss), ("grad_h_final", found.norm)]);
+        h.scale(factor(rho / (found.norm + NORM_EPSILON)));
+        eps = h;
+    }
+    let mut moved = w.clone();
+    moved.add_scaled(1.0, &eps);
+    results.push(("h_final_eps", engine.loss(&moved, &whole)?));
+    drop(moved);
+    let mut drift = w;
+    drift.add_scaled(-1.0, &w0);
+    results.extend([("eps_norm", eps.norm()), ("drift_norm", drift.norm())]);
+    let delta = match settings.part {
+        Part::Sum => {
+            drift.add_scaled(1.0, &eps);
+            drift
+        }
+        Part::Eps => eps,
+        Part::Drift => drift,
+    };
+    results.push(("delta_norm", delta.norm()));
+    Ok(Outcome {
+        delta,
+        steps,
+        radii,
+        results,
+    })
+}
+
+/// The outer loop's variables.
+struct Run {
+    w: TargetTensors,
+    eps: TargetTensors,
+    adam: AdamW,
+    steps: Vec<StepRecord>,
+}
+
+impl Run {
+    fn iterate(
+        &mut self,
+        engine: &mut Engine<'_, '_>,
+        rows: &Rows,
+        settings: &Panacea,
+        rho: f64,
+        w0: &TargetTensors,
+        h: &mut TargetTensors,
+    ) -> Result<(), OptimizeError> {
+        let mut d = w0.zeros_like();
+        for step in self.steps.len()..settings.steps {
+            engine.step = step;
+            let places = |len| wrapping(len, settings.batch, step);
+            let harmful = Batch::new(Set::Harmful, &rows.harmful, places(rows.harmful.len()));
+            let task = Batch::new(Set::Task, &rows.task, places(rows.task.len()));
+            let found_g = engine.gradient(&self.w, &task, &mut d)?;
+            let found_h = engine.gradient(&self.w, &harmful, h)?;
+            // d = grad g + lambda grad h; eps takes the place of h, and h that of grad h(w + eps).
+            let lambda = factor(settings.lambda);
+            d.add_scaled(lambda, h);
+            self.eps.copy_from(h);
+            self.eps.scale(factor(rho / (found_h.norm + NORM_EPSILON)));
+            let mut moved = self.w.clone();
+            moved.add_scaled(1.0, &self.eps);
+            let found_h_eps = engine.gradient(&moved, &harmful, h)?;
+            drop(moved);
+            d.add_scaled(-lambda, h);
+            let clip = (CLIP / (d.norm() + 1e-6)).min(1.0);
+            d.scale(factor(clip));
+            let count = i32::try_from(step + 1).unwrap_or(i32::MAX);
+            self.adam.step(&mut self.w, &mut d, settings.lr, count);
+            // d is free until the next gradient is written to it.
+            d.copy_from(&self.w);
+            d.add_scaled(-1.0, w0);
+            let record = StepRecord {
+                g: Some(found_g.loss),
+                h: Some(found_h.loss),
+                h_eps: Some(found_h_eps.loss),
+                grad_h: Some(found_h.norm),
+                clip: Some(clip),
+                norm: d.norm(),
+                ..StepRecord::new(step, Phase::Outer)
+            };
+            engine.observer.step(&record);
+            self.steps.push(record);
+            engine.observer.state(&|| self.state());
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> State {
+        let named = [
+            ("w", &self.w),
+            ("eps", &self.eps),
+            ("m", &self.adam.m),
+            ("v", &self.adam.v),
+        ];
+        State {
+            steps: self.steps.clone(),
+            tensors: named
+                .map(|(name, tensors)| (name.to_owned(), tensors.clone()))
+                .into(),
+        }
+    }
+
+    fn resume(&mut self, mut state: State) -> Result<(), OptimizeError> {
+        let shape = self.w.iter().map(<[f32]>::len).collect::<Vec<_>>();
+        let [w, eps, m, v] = state.take(["w", "eps", "m", "v"], &shape)?;
+        self.w = w;
+        self.eps = eps;
+        self.adam = AdamW { m, v };
+        self.steps = state.steps;
+        Ok(())
+    }
+}
