@@ -115,13 +115,15 @@ pub fn load(path: &Path, identity: &Identity) -> Result<State, ResumeError> {
     let record: Record =
         serde_json::from_value(value).map_err(|error| syntax(JsonError::from(error)))?;
     if record.run != identity.digest() || record.identity != *identity {
-        return Err(Problems::none_of(record.identity.differences(identity)).map_or_else(
-            |differences| ResumeError::OtherRun {
-                path: path.to_owned(),
-                differences,
-            },
-            |()| malformed("its digest is not that of its record"),
-        ));
+        return Err(
+            Problems::none_of(record.identity.differences(identity)).map_or_else(
+                |differences| ResumeError::OtherRun {
+                    path: path.to_owned(),
+                    differences,
+                },
+                |()| malformed("its digest is not that of its record"),
+            ),
+        );
     }
     let steps: Vec<StepRecord> = record
         .steps
@@ -129,7 +131,11 @@ pub fn load(path: &Path, identity: &Identity) -> Result<State, ResumeError> {
         .map(from_bits)
         .collect::<Result<_, _>>()
         .map_err(syntax)?;
-    if steps.iter().enumerate().any(|(place, step)| step.step != place) {
+    if steps
+        .iter()
+        .enumerate()
+        .any(|(place, step)| step.step != place)
+    {
         return Err(malformed("its steps are not in order"));
     }
     let mut tensors = Vec::new();
@@ -241,7 +247,10 @@ fn tensor_name(name: &str, target: usize) -> String {
 
 /// The header with its length before it, padded to a multiple of 8 bytes.
 fn header(record: &str, state: &State) -> Vec<u8> {
-    let mut json = format!("{{\"__metadata__\":{{\"{METADATA_KEY}\":{}}}", Value::from(record));
+    let mut json = format!(
+        "{{\"__metadata__\":{{\"{METADATA_KEY}\":{}}}",
+        Value::from(record)
+    );
     let mut begin = 0;
     for (name, tensors) in &state.tensors {
         for (target, tensor) in tensors.iter().enumerate() {
