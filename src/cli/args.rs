@@ -34,7 +34,7 @@ pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
     #[command(flatten)]
-    pub(crate) patch: Option<PatchArgs>,
+    pub(crate) patch: PatchArgs,
 }
 
 /// The stages, each by itself.
@@ -562,10 +562,7 @@ mod tests {
     fn a_path_named_as_a_subcommand_can_be_given() {
         let cli = Cli::parse_from(["panacea-patch", "./optimize"]);
         assert!(cli.command.is_none());
-        assert_eq!(
-            cli.patch.and_then(|patch| patch.model),
-            Some(PathBuf::from("./optimize"))
-        );
+        assert_eq!(cli.patch.model, Some(PathBuf::from("./optimize")));
         let cli = Cli::parse_from(["panacea-patch", "optimize", "m"]);
         assert!(matches!(cli.command, Some(Command::Optimize(_))));
     }

@@ -40,21 +40,20 @@ pub(crate) fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Exit {
-    let default = RunArgs::default();
-    let (name, run_args): (&'static str, &RunArgs) = match (&cli.command, &cli.patch) {
-        (Some(Command::Optimize(args)), _) => ("optimize", &args.run),
-        (Some(Command::Apply(args)), _) => ("apply", &args.run),
-        (Some(Command::Verify(args)), _) => ("verify", &args.run),
-        (Some(Command::Inspect(args)), _) => ("inspect", &args.run),
-        (Some(Command::Keygen(args)), _) => ("keygen", &args.run),
-        (Some(Command::Sign(args)), _) => ("sign", &args.run),
-        (Some(Command::Completions { .. }), _) => ("completions", &default),
-        (Some(Command::Man), _) => ("man", &default),
-        (None, Some(args)) => ("patch", &args.run),
-        (None, None) => ("patch", &default),
+    let none = RunArgs::default();
+    let (name, run_args) = match &cli.command {
+        None => ("patch", &cli.patch.run),
+        Some(Command::Optimize(args)) => ("optimize", &args.run),
+        Some(Command::Apply(args)) => ("apply", &args.run),
+        Some(Command::Verify(args)) => ("verify", &args.run),
+        Some(Command::Inspect(args)) => ("inspect", &args.run),
+        Some(Command::Keygen(args)) => ("keygen", &args.run),
+        Some(Command::Sign(args)) => ("sign", &args.run),
+        Some(Command::Completions { .. }) => ("completions", &none),
+        Some(Command::Man) => ("man", &none),
     };
     let reporter = Reporter::new(run_args);
-    match dispatch(cli, run_args, &reporter) {
+    match start_threads(run_args).and_then(|()| dispatch(cli, &reporter)) {
         Ok(()) => Exit::Done,
         Err(failure) => {
             reporter.failure(name, &failure);
@@ -63,33 +62,35 @@ fn run(cli: &Cli) -> Exit {
     }
 }
 
-fn dispatch(cli: &Cli, run_args: &RunArgs, reporter: &Reporter) -> Result<(), Failure> {
-    if let Some(threads) = run_args.threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global()
-            .map_err(|error| {
-                Failure::doing(
-                    Exit::Environment,
-                    format!("cannot start {threads} threads"),
-                    &error,
-                )
+fn start_threads(run_args: &RunArgs) -> Result<(), Failure> {
+    let Some(threads) = run_args.threads else {
+        return Ok(());
+    };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|error| {
+            let what = format!("cannot start {threads} threads");
+            Failure::doing(Exit::Environment, what, &error)
                 .hint("pass a smaller number with --threads")
-            })?;
-    }
-    match (&cli.command, &cli.patch) {
-        (Some(Command::Optimize(args)), _) => optimize::run(args, reporter),
-        (Some(Command::Apply(args)), _) => apply::run(args, reporter),
-        (Some(Command::Verify(args)), _) => verify::run(args, reporter),
-        (Some(Command::Inspect(args)), _) => inspect::run(args, reporter),
-        (Some(Command::Keygen(args)), _) => keygen::run(args, reporter),
-        (Some(Command::Sign(args)), _) => sign::run(args, reporter),
-        (Some(Command::Completions { shell }), _) => {
+        })
+}
+
+fn dispatch(cli: &Cli, reporter: &Reporter) -> Result<(), Failure> {
+    match &cli.command {
+        None => patch::run(&cli.patch, reporter),
+        Some(Command::Optimize(args)) => optimize::run(args, reporter),
+        Some(Command::Apply(args)) => apply::run(args, reporter),
+        Some(Command::Verify(args)) => verify::run(args, reporter),
+        Some(Command::Inspect(args)) => inspect::run(args, reporter),
+        Some(Command::Keygen(args)) => keygen::run(args, reporter),
+        Some(Command::Sign(args)) => sign::run(args, reporter),
+        Some(Command::Completions { shell }) => {
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "panacea-patch", &mut text);
             reporter.text(&String::from_utf8_lossy(&text))
         }
-        (Some(Command::Man), _) => {
+        Some(Command::Man) => {
             let mut text = Vec::new();
             clap_mangen::Man::new(Cli::command())
                 .render(&mut text)
@@ -98,7 +99,5 @@ fn dispatch(cli: &Cli, run_args: &RunArgs, reporter: &Reporter) -> Result<(), Fa
                 })?;
             reporter.text(&String::from_utf8_lossy(&text))
         }
-        (None, Some(args)) => patch::run(args, reporter),
-        (None, None) => Err(Failure::usage("no model is given").hint("see `panacea-patch --help`")),
     }
 }

@@ -454,7 +454,7 @@ mod tests {
         let words = ["panacea-patch", "m"]
             .into_iter()
             .chain(flags.split_whitespace());
-        let patch = Cli::parse_from(words).patch.unwrap();
+        let patch = Cli::parse_from(words).patch;
         Search::resolve(&patch.method, &patch.data)
     }
 
