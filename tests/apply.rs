@@ -218,6 +218,53 @@ fn the_realized_change_is_that_of_the_stored_values() {
 }
 
 #[test]
+fn ties_go_to_the_even_value() {
+    let root = tempfile::tempdir().unwrap();
+    let source = root.path().join("in.safetensors");
+    let target = root.path().join("out.safetensors");
+    // 1 + 1/128 is the BF16 value after 1, 1 + 1/1024 the F16 one; a step of half of that is a tie, by IEEE 754 section 4.3.1.
+    let ones: Vec<u8> = [0x80, 0x3F].repeat(4);
+    let halves: Vec<u8> = [0x00, 0x3C].repeat(4);
+    fs::write(
+        &source,
+        file(&[
+            ("b", Dtype::BF16, &[4], &ones),
+            ("h", Dtype::F16, &[4], &halves),
+        ]),
+    )
+    .unwrap();
+    let steps = |spacing: f32| {
+        [0.5, 1.5, 0.5 + 1e-4, 2.0]
+            .map(|step| step * spacing)
+            .to_vec()
+    };
+    let deltas = Deltas(vec![
+        ("b".into(), vec![4], steps(1.0 / 128.0)),
+        ("h".into(), vec![4], steps(1.0 / 1024.0)),
+    ]);
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let mut output = OutputFile::create(&target, Overwrite::Never, &[&source]).unwrap();
+    apply(
+        &checkpoint,
+        &deltas.wanted(),
+        ApplySettings::default(),
+        Destination::File(&mut output),
+        &(),
+    )
+    .unwrap();
+    let _ = output.commit().unwrap();
+    let patched = tensors(&target);
+    assert_eq!(
+        patched[0].1,
+        [0x80, 0x3F, 0x82, 0x3F, 0x81, 0x3F, 0x82, 0x3F]
+    );
+    assert_eq!(
+        patched[1].1,
+        [0x00, 0x3C, 0x02, 0x3C, 0x01, 0x3C, 0x02, 0x3C]
+    );
+}
+
+#[test]
 fn chance_keeps_the_mean_of_steps_that_rounding_would_lose() {
     let root = tempfile::tempdir().unwrap();
     let source = root.path().join("in.safetensors");

@@ -1,8 +1,6 @@
 //! What is written is read back, here and by the `safetensors` crate; what other writers wrote is read alike; the bytes are
 //! those that the documentation describes.
 
-#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
-
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -30,7 +28,7 @@ proptest! {
         for (i, (name, (dtype, shape))) in tensors.iter().enumerate() {
             let dtype = Dtype::ALL[*dtype];
             let bits = shape.iter().product::<usize>() * dtype.bits();
-            if bits % 8 == 0 {
+            if bits.is_multiple_of(8) {
                 let bytes: Vec<u8> = (0..bits / 8).map(|byte| u8::try_from((byte * 31 + i) % 251).unwrap()).collect();
                 stored.push((name.clone(), dtype, shape.clone(), bytes));
             }
