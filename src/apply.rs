@@ -1,1 +1,513 @@
-//! apply
+//! Adds a perturbation to a checkpoint and writes the result: w' = round(w + strength * delta).
+//!
+//! In: an open [`Checkpoint`], the [`Wanted`] deltas, from a file or straight from the optimizer, and an output that is not
+//! committed. Out: the files written, and the [`RealizedChange`]: what rounding to the stored type left of what was wanted. A
+//! BF16 weight has 8 significant bits, so a step much smaller than 1/256 of the weight often vanishes; the numbers say how often.
+//!
+//! The sum is computed in `f32`, then rounded once to the stored type. An element that is to move by exactly zero keeps its
+//! bytes, so that a strength of 0 gives an identical file (no -0.0 becomes 0.0, no NaN another NaN). So does an element that is
+//! not finite, and these are counted. A sum that does not fit the stored type is refused: no infinity is ever written.
+//!
+//! Bytes and numbers are functions of the inputs alone: chunks have a fixed size, sums run in a fixed order, and randomness
+//! is counted by element, so neither threads nor the division into shards matter.
+
+mod rounding;
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use half::{bf16, f16};
+use panacea_formats::{
+    BaseProblem, BaseTensor, Checkpoint, DeltaTensor, Destination, Dtype, Observer, Patch,
+    Perturbation, Problems, SideFiles, TensorView, WidenError, WriteError, WrittenFile, check_base,
+    write_checkpoint,
+};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use thiserror::Error;
+
+pub use rounding::Rounding;
+
+use rounding::Dice;
+
+/// How a perturbation is added.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ApplySettings {
+    /// The factor on the deltas.
+    pub strength: Strength,
+    /// How sums are rounded to the stored type.
+    pub rounding: Rounding,
+}
+
+/// The factor on a perturbation: finite and not negative, because a negative one would undo safety rather than restore it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Strength(f32);
+
+impl Strength {
+    /// The strength `value`, rounded to `f32`.
+    ///
+    /// # Errors
+    /// When it is negative, not a number, or too large for `f32`.
+    pub fn new(value: f64) -> Result<Self, StrengthError> {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a strength is a factor on f32 values"
+        )]
+        let single = value as f32;
+        if value.is_nan() || single.is_infinite() {
+            return Err(StrengthError::NotFinite { found: value });
+        }
+        if value < 0.0 {
+            return Err(StrengthError::Negative { found: value });
+        }
+        Ok(Self(single.abs()))
+    }
+
+    /// The factor.
+    pub fn value(self) -> f32 {
+        self.0
+    }
+}
+
+impl Default for Strength {
+    fn default() -> Self {
+        Self(1.0)
+    }
+}
+
+/// Why a number is no strength.
+#[derive(Clone, Copy, Debug, Error, PartialEq)]
+#[non_exhaustive]
+pub enum StrengthError {
+    /// It would turn the perturbation round.
+    #[error("a strength of {found} would weaken safety instead of restoring it")]
+    Negative {
+        /// The number.
+        found: f64,
+    },
+    /// Not a number, or one beyond `f32`.
+    #[error("a strength of {found} is not a finite factor")]
+    NotFinite {
+        /// The number.
+        found: f64,
+    },
+}
+
+/// The deltas to be added.
+#[derive(Clone, Debug)]
+pub struct Wanted<'a> {
+    deltas: Vec<DeltaTensor<'a>>,
+    /// The tensors that they were made for, when they come from a file.
+    base: Option<&'a BTreeMap<String, BaseTensor>>,
+}
+
+impl<'a> Wanted<'a> {
+    /// Deltas that were computed from the very checkpoint that they will be added to.
+    ///
+    /// # Errors
+    /// When there are none, one is not finite, or two are for the same tensor.
+    pub fn in_memory(deltas: Vec<DeltaTensor<'a>>) -> Result<Self, ApplyError> {
+        if deltas.is_empty() {
+            return Err(ApplyError::Empty);
+        }
+        let mut names: Vec<&str> = deltas.iter().map(DeltaTensor::name).collect();
+        names.sort_unstable();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(ApplyError::Repeated {
+                tensor: pair[0].to_owned(),
+            });
+        }
+        for delta in &deltas {
+            if let Some(element) = delta.first_not_finite() {
+                return Err(ApplyError::NotFinite {
+                    tensor: delta.name().to_owned(),
+                    element,
+                });
+            }
+        }
+        Ok(Self { deltas, base: None })
+    }
+
+    /// Whether `checkpoint` is what the deltas are for. Those of a file are held against its digests.
+    fn check_base(&self, checkpoint: &Checkpoint) -> Result<(), Problems<BaseProblem>> {
+        if let Some(base) = self.base {
+            return check_base(base, checkpoint);
+        }
+        let problems = self
+            .deltas
+            .iter()
+            .filter_map(|delta| {
+                let tensor = delta.name().to_owned();
+                match checkpoint.tensor(delta.name()) {
+                    None => Some(BaseProblem::Missing {
+                        nearest: checkpoint.nearest_name(&tensor).map(str::to_owned),
+                        tensor,
+                    }),
+                    Some(found) if !found.dtype.is_patchable() => Some(BaseProblem::NotPatchable {
+                        tensor,
+                        dtype: found.dtype,
+                    }),
+                    Some(found) if found.shape != delta.shape() => Some(BaseProblem::Shape {
+                        tensor,
+                        wanted: delta.shape().to_vec(),
+                        found: found.shape.to_vec(),
+                    }),
+                    Some(_) => None,
+                }
+            })
+            .collect();
+        Problems::none_of(problems)
+    }
+}
+
+impl<'a> From<&'a Perturbation> for Wanted<'a> {
+    fn from(perturbation: &'a Perturbation) -> Self {
+        Self {
+            deltas: perturbation.deltas().collect(),
+            base: Some(&perturbation.record().base),
+        }
+    }
+}
+
+/// What was written, and what became of the deltas.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    /// Every file, by name, with its digest.
+    pub files: Vec<WrittenFile>,
+    /// The side files that were copied, and those that were left out and why.
+    pub side_files: SideFiles,
+    /// What rounding left of the deltas.
+    pub realized: RealizedChange,
+}
+
+/// What rounding to the stored types left of a perturbation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct RealizedChange {
+    /// All patched tensors together.
+    pub total: Change,
+    /// Each of them: file after file, in the order of their bytes.
+    pub tensors: Vec<TensorChange>,
+}
+
+/// The change of one tensor.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TensorChange {
+    /// The tensor.
+    pub name: String,
+    /// What became of its delta.
+    #[serde(flatten)]
+    pub change: Change,
+}
+
+/// A wanted change beside the one that the stored values made. *Wanted* is strength times delta; *realized* is the new stored
+/// value less the old one. Norms are L2, summed in `f64`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Change {
+    /// Elements in the tensors.
+    pub elements: u64,
+    /// Elements whose stored value changed.
+    pub moved: u64,
+    /// Elements that were left alone because they are infinite or not numbers.
+    pub not_finite: u64,
+    /// Norm of the wanted change.
+    pub wanted_norm: f64,
+    /// Norm of the realized change.
+    pub realized_norm: f64,
+    /// Cosine of the angle between both; nothing when one of them is zero.
+    pub cosine: Option<f64>,
+    /// Norm of the finite old weights.
+    pub weight_norm: f64,
+    /// The largest old weight that is finite, without its sign.
+    pub largest_weight: f32,
+    /// The largest wanted change, without its sign.
+    pub largest_wanted: f32,
+    /// The largest realized change, without its sign.
+    pub largest_realized: f32,
+}
+
+impl Change {
+    /// The share of elements whose stored value changed, from 0 to 1.
+    #[expect(clippy::cast_precision_loss, reason = "a share needs no 53 bits")]
+    pub fn moved_share(&self) -> f64 {
+        if self.elements == 0 {
+            0.0
+        } else {
+            self.moved as f64 / self.elements as f64
+        }
+    }
+}
+
+/// Writes `checkpoint` with `wanted` added to `destination`, which the caller commits when manifest and signature are in it.
+///
+/// Before the first byte is written, every patched tensor is compared with what the deltas are for: name, shape and element
+/// type, and for those of a file the digest. That reads the patched tensors once, in parallel.
+///
+/// # Errors
+/// [`ApplyError`]; the output is then incomplete and should be dropped.
+pub fn apply(
+    checkpoint: &Checkpoint,
+    wanted: &Wanted<'_>,
+    settings: ApplySettings,
+    destination: Destination<'_>,
+    observer: &impl Observer,
+) -> Result<Applied, ApplyError> {
+    wanted.check_base(checkpoint).map_err(ApplyError::Base)?;
+    let addition = Addition {
+        deltas: wanted
+            .deltas
+            .iter()
+            .map(|delta| (delta.name(), *delta))
+            .collect(),
+        settings,
+    };
+    let mut tensors: Vec<(String, Sums)> = Vec::new();
+    let written = write_checkpoint(
+        checkpoint,
+        &addition,
+        destination,
+        observer,
+        |name, sums: Sums| match tensors.last_mut() {
+            Some((last, total)) if last == name => total.add(&sums),
+            _ => tensors.push((name.to_owned(), sums)),
+        },
+    )?;
+    let mut total = Sums::default();
+    for (_, sums) in &tensors {
+        total.add(sums);
+    }
+    Ok(Applied {
+        files: written.files,
+        side_files: written.side_files,
+        realized: RealizedChange {
+            total: total.change(),
+            tensors: tensors
+                .into_iter()
+                .map(|(name, sums)| TensorChange {
+                    name,
+                    change: sums.change(),
+                })
+                .collect(),
+        },
+    })
+}
+
+/// The patch of [`apply`].
+struct Addition<'a> {
+    /// For look-up only.
+    deltas: HashMap<&'a str, DeltaTensor<'a>>,
+    settings: ApplySettings,
+}
+
+impl Patch for Addition<'_> {
+    type Report = Sums;
+    type Error = AdditionError;
+
+    fn targets(&self, tensor: &TensorView<'_>) -> bool {
+        self.deltas.contains_key(tensor.name)
+    }
+
+    fn patch(
+        &self,
+        tensor: &TensorView<'_>,
+        elements: Range<usize>,
+        bytes: &mut [u8],
+    ) -> Result<Sums, AdditionError> {
+        let delta = self.deltas.get(tensor.name).ok_or(AdditionError::NoDelta)?;
+        let mut dice = self.settings.rounding.dice(tensor.name, elements.start);
+        match tensor.dtype {
+            Dtype::F32 => self.add(delta, tensor, elements, bytes, &mut dice, f32::to_le_bytes),
+            Dtype::BF16 => self.add(delta, tensor, elements, bytes, &mut dice, |value| {
+                bf16::from_f32(value).to_le_bytes()
+            }),
+            Dtype::F16 => self.add(delta, tensor, elements, bytes, &mut dice, |value| {
+                f16::from_f32(value).to_le_bytes()
+            }),
+            dtype => Err(AdditionError::Read(WidenError::Dtype { dtype })),
+        }
+    }
+}
+
+impl Addition<'_> {
+    /// Adds `delta` to the elements `elements` of `tensor`, whose stored bytes `bytes` holds. `narrow` rounds to nearest, ties to
+    /// even, and gives the bytes that are stored, `WIDTH` of them.
+    fn add<const WIDTH: usize>(
+        &self,
+        delta: &DeltaTensor<'_>,
+        tensor: &TensorView<'_>,
+        elements: Range<usize>,
+        bytes: &mut [u8],
+        dice: &mut Dice,
+        narrow: impl Fn(f32) -> [u8; WIDTH],
+    ) -> Result<Sums, AdditionError> {
+        let strength = self.settings.strength.value();
+        let mut weights = [0.0_f32; BLOCK];
+        let mut steps = [0.0_f32; BLOCK];
+        let mut stored = [0.0_f32; BLOCK];
+        let mut sums = Sums::default();
+        let (slots, _) = bytes.as_chunks_mut::<WIDTH>();
+        for (start, slots) in elements.clone().step_by(BLOCK).zip(slots.chunks_mut(BLOCK)) {
+            let range = start..start + slots.len();
+            let weights = &mut weights[..slots.len()];
+            let steps = &mut steps[..slots.len()];
+            let stored = &mut stored[..slots.len()];
+            tensor.widen_into(range.clone(), weights)?;
+            delta.read_into(range, steps)?;
+            for ((slot, step), weight) in slots.iter_mut().zip(&mut *steps).zip(&*weights) {
+                *step *= strength;
+                let random = dice.roll();
+                if *step != 0.0 && weight.is_finite() {
+                    *slot = narrow(rounding::round(weight + *step, tensor.dtype, random));
+                }
+            }
+            widen(tensor, slots.as_flattened(), stored)?;
+            for (i, ((&weight, &step), &stored)) in
+                weights.iter().zip(&*steps).zip(&*stored).enumerate()
+            {
+                if weight.is_finite() && !stored.is_finite() {
+                    return Err(AdditionError::Overflow {
+                        element: start + i,
+                        dtype: tensor.dtype,
+                        weight,
+                        step,
+                    });
+                }
+            }
+            sums.measure(weights, steps, stored);
+        }
+        Ok(sums)
+    }
+}
+
+/// Widens `bytes`, of the element type of `like`, to `out`.
+fn widen(like: &TensorView<'_>, bytes: &[u8], out: &mut [f32]) -> Result<(), WidenError> {
+    let view = TensorView { bytes, ..*like };
+    view.widen_into(0..out.len(), out)
+}
+
+/// Elements added at once: three blocks of them fit the first-level cache.
+const BLOCK: usize = 1024;
+
+/// A [`Change`] in the making: everything that can be summed chunk by chunk.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    elements: u64,
+    moved: u64,
+    not_finite: u64,
+    wanted_squared: f64,
+    realized_squared: f64,
+    dot: f64,
+    weight_squared: f64,
+    largest_weight: f32,
+    largest_wanted: f32,
+    largest_realized: f32,
+}
+
+impl Sums {
+    /// Takes in elements: old values, wanted steps, new values.
+    fn measure(&mut self, weights: &[f32], steps: &[f32], stored: &[f32]) {
+        for ((&weight, &step), &stored) in weights.iter().zip(steps).zip(stored) {
+            let wanted = f64::from(step);
+            self.elements += 1;
+            self.wanted_squared += wanted * wanted;
+            self.largest_wanted = self.largest_wanted.max(step.abs());
+            if !weight.is_finite() {
+                self.not_finite += 1;
+                continue;
+            }
+            let realized = f64::from(stored) - f64::from(weight);
+            self.moved += u64::from(realized != 0.0);
+            self.realized_squared += realized * realized;
+            self.dot += wanted * realized;
+            self.weight_squared += f64::from(weight) * f64::from(weight);
+            self.largest_weight = self.largest_weight.max(weight.abs());
+            #[expect(clippy::cast_possible_truncation, reason = "a figure for a report")]
+            let realized = realized.abs() as f32;
+            self.largest_realized = self.largest_realized.max(realized);
+        }
+    }
+
+    /// Takes in the sums of later elements.
+    fn add(&mut self, later: &Self) {
+        self.elements += later.elements;
+        self.moved += later.moved;
+        self.not_finite += later.not_finite;
+        self.wanted_squared += later.wanted_squared;
+        self.realized_squared += later.realized_squared;
+        self.dot += later.dot;
+        self.weight_squared += later.weight_squared;
+        self.largest_weight = self.largest_weight.max(later.largest_weight);
+        self.largest_wanted = self.largest_wanted.max(later.largest_wanted);
+        self.largest_realized = self.largest_realized.max(later.largest_realized);
+    }
+
+    fn change(&self) -> Change {
+        let (wanted_norm, realized_norm) =
+            (self.wanted_squared.sqrt(), self.realized_squared.sqrt());
+        let product = wanted_norm * realized_norm;
+        Change {
+            elements: self.elements,
+            moved: self.moved,
+            not_finite: self.not_finite,
+            wanted_norm,
+            realized_norm,
+            cosine: (product > 0.0).then(|| self.dot / product),
+            weight_norm: self.weight_squared.sqrt(),
+            largest_weight: self.largest_weight,
+            largest_wanted: self.largest_wanted,
+            largest_realized: self.largest_realized,
+        }
+    }
+}
+
+/// Why a perturbation was not applied.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ApplyError {
+    /// The checkpoint is not the one that the deltas are for.
+    #[error("the perturbation was made for other weights")]
+    Base(#[source] Problems<BaseProblem>),
+    /// Nothing to add.
+    #[error("there is nothing to add")]
+    Empty,
+    /// A delta that is infinite or not a number.
+    #[error("the delta of tensor `{tensor}` is not finite at element {element}")]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// The first such element.
+        element: usize,
+    },
+    /// Two deltas for one tensor.
+    #[error("tensor `{tensor}` has two deltas")]
+    Repeated {
+        /// The tensor.
+        tensor: String,
+    },
+    /// The result could not be computed or written.
+    #[error(transparent)]
+    Write(#[from] WriteError<AdditionError>),
+}
+
+/// Why elements could not be patched.
+#[derive(Clone, Debug, Error, PartialEq)]
+#[non_exhaustive]
+pub enum AdditionError {
+    /// A chosen tensor without a delta, which [`Patch`]'s contract rules out.
+    #[error("it has no delta")]
+    NoDelta,
+    /// The sum is too large for the stored type.
+    #[error("element {element} would be {weight:e} + {step:e}, which {dtype} cannot hold")]
+    Overflow {
+        /// The element.
+        element: usize,
+        /// The stored type.
+        dtype: Dtype,
+        /// The old value.
+        weight: f32,
+        /// Strength times delta.
+        step: f32,
+    },
+    /// A delta shorter than its tensor, which the check of the base rules out.
+    #[error(transparent)]
+    Read(#[from] WidenError),
+}

@@ -250,13 +250,16 @@ fn segments<'a, P: Patch>(
 /// Room for the patched chunks of one window, kept from one to the next.
 type Window = [Vec<u8>; WINDOW_CHUNKS];
 
-/// One result for each segment; nothing for the copied ones.
+/// A chunk's report; nothing for a copied segment.
+type PatchedSegment<P> = Result<Option<<P as Patch>::Report>, WriteError<<P as Patch>::Error>>;
+
+/// One result for each segment.
 fn patch_window<P: Patch>(
     segments: &[Segment<'_>],
     window: &mut Window,
     patch: &P,
     observer: &impl Observer,
-) -> Vec<Result<Option<P::Report>, WriteError<P::Error>>> {
+) -> Vec<PatchedSegment<P>> {
     segments
         .par_iter()
         .zip(window.par_iter_mut())

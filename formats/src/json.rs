@@ -170,7 +170,7 @@ mod tests {
         let error = parse_strict("{\"a\":\n[{\"b\":1,\"b\":1}]}").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the key `b` comes twice at line 2 column 12"
+            "the key `b` comes twice at line 2 column 11"
         );
         assert!(parse_strict(r#"{"a":1,"a":2}"#).is_err());
         assert!(parse_strict(r#"[{"a":1},{"a":2}]"#).is_ok());
