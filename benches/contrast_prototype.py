@@ -44,6 +44,7 @@ def main():
     a.add_argument("--batch", type=int, default=8)
     a.add_argument("--cap", type=float, default=6.0)
     a.add_argument("--alpha", type=float, default=1.0)
+    a.add_argument("--first", type=int, default=10**6, help="take h and r on so many tokens of a response")
     a.add_argument("--rho", type=float)
     a.add_argument("--protect", type=float, default=0.5)
     a.add_argument("--repair", type=int, default=0)
@@ -81,16 +82,16 @@ class Contrast:
         self.peer = Peer(model, [], [], Settings(targets=tuple(options.targets.split(","))))
         self.rng = random.Random(options.seed)
         harmful = score.read(options.harmful, None)
-        self.sets = {"harmful": [(self.row(r, opening_of(r)), self.row(r, r["refusal"])) for r in harmful]}
+        self.sets = {"harmful": [(self.row(r, opening_of(r), options.first), self.row(r, r["refusal"], options.first)) for r in harmful]}
         for name in ("task", "benign"):
             path = getattr(options, name)
             self.sets[name] = [self.row(r, r.get("output", r.get("answer"))) for r in score.read(path, None)] if path else []
         self.original = copy.deepcopy(model) if self.sets["benign"] else None
 
-    def row(self, r, answer):
+    def row(self, r, answer, first=10**6):
         prompt = prompt_of(self.tokenizer, self.o.template, score.request_of(r), r.get("input"))
         p = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        q = self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        q = (self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id])[:first]
         return Row((p + q)[:self.o.max_length], ([False] * len(p) + [True] * len(q))[:self.o.max_length])
 
     def optimize(self):
