@@ -137,15 +137,10 @@ def train_tokenizer(sets, builtin, folder):
 
 def write_data(folder, sets):
     folder.mkdir(parents=True, exist_ok=True)
-    files = dict(harmful=sets["learn"][:160], heldout=spread(sets["heldout"], 100), benign=spread(sets["benign_heldout"], 60),
+    files = dict(harmful=sets["learn"][:160], heldout=sets["heldout"][:100], benign=sets["benign_heldout"][:60],
                  task=sets["task"][:200], task_dev=sets["task_dev"][:100])
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def spread(rows, count):
-    """At most `count` rows with as many different acts as there are: rows are shuffled, so the first ones of each."""
-    return rows[:count]
 
 
 def write_model(model, folder, tokenizer_from=None):
