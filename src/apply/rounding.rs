@@ -63,19 +63,29 @@ pub(super) fn round(sum: f32, dtype: Dtype, random: Option<u32>) -> f32 {
     if !sum.is_finite() {
         return sum;
     }
-    let exponent = i32::from((sum.to_bits() >> 23) as u8) - 127;
-    let spacing = 2_f64.powi(exponent.max(least) - fraction);
-    // Exact, since a division by a power of two is.
-    let scaled = f64::from(sum.abs()) / spacing;
-    let below = scaled.floor();
+    let exponent = ((sum.to_bits() >> 23) & 0xFF).cast_signed() - 127;
+    let exponent = exponent.max(least) - fraction;
+    // Exact, since the factor is a power of two; below 2^(fraction + 1), so the conversion cuts the fraction off and no more.
+    let scaled = f64::from(sum.abs()) * power_of_two(-exponent);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "not negative and below 2^11"
+    )]
+    let below = f64::from(scaled as u32);
     let up = f64::from(random) < (scaled - below) * WORDS;
-    let rounded = (below + f64::from(u8::from(up))) * spacing;
+    let rounded = (below + f64::from(u8::from(up))) * power_of_two(exponent);
     #[expect(
         clippy::cast_possible_truncation,
         reason = "exact, but for an overflow to infinity, which the caller refuses"
     )]
     let rounded = rounded as f32;
     rounded.copysign(sum)
+}
+
+/// 2 to the power of `exponent`, which is that of a normal `f64`. (`powi` is a call, and takes longer than all the rest.)
+fn power_of_two(exponent: i32) -> f64 {
+    f64::from_bits((i64::from(exponent) + 1023).cast_unsigned() << 52)
 }
 
 /// Separates these chances from other uses of the same seed.

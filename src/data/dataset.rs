@@ -11,14 +11,14 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use std::path::PathBuf;
 
-use panacea_formats::Sha256;
+use panacea_formats::{Problems, Sha256, shown};
 use serde::de::{Deserializer as _, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use super::data_path::{DataPath, Filters};
 use super::rows::{Row, RowProblem};
 
 /// The rows of one file, or of a built-in set.
@@ -52,101 +52,6 @@ impl fmt::Display for Source {
     }
 }
 
-/// A path and the rows that are wanted from it: `PATH` or `PATH#FIELD=VALUE`, with further `&FIELD=VALUE`.
-///
-/// A row is selected when every named field is there and reads as the value: a string as itself, anything else as its JSON
-/// (`is_safe=false`). What follows the last `#` is a filter only if it holds a `=`, so `notes#2.jsonl` is a plain path.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DataPath {
-    path: PathBuf,
-    filters: Vec<Filter>,
-}
-
-/// A field and the value it must have.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Filter {
-    field: String,
-    value: String,
-}
-
-impl DataPath {
-    /// The file, without the filter.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl FromStr for DataPath {
-    type Err = DataPathError;
-
-    fn from_str(text: &str) -> Result<Self, DataPathError> {
-        let (path, filters) = match text.rsplit_once('#') {
-            Some((path, filter)) if filter.contains('=') => (path, filter),
-            _ => (text, ""),
-        };
-        if path.is_empty() {
-            return Err(DataPathError::NoPath);
-        }
-        let filters = filters
-            .split('&')
-            .filter(|filter| !filter.is_empty())
-            .map(|filter| match filter.split_once('=') {
-                Some((field, value)) if !field.is_empty() => Ok(Filter {
-                    field: field.to_owned(),
-                    value: value.to_owned(),
-                }),
-                _ => Err(DataPathError::NotAFilter(filter.to_owned())),
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            path: PathBuf::from(path),
-            filters,
-        })
-    }
-}
-
-impl From<&Path> for DataPath {
-    /// The whole file, whatever its name holds.
-    fn from(path: &Path) -> Self {
-        Self {
-            path: path.to_owned(),
-            filters: Vec::new(),
-        }
-    }
-}
-
-impl fmt::Display for DataPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
-        for (filter, mark) in self
-            .filters
-            .iter()
-            .zip("#".chars().chain("&".chars().cycle()))
-        {
-            write!(f, "{mark}{filter}")?;
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Display for Filter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}={}", self.field, self.value)
-    }
-}
-
-/// What is wrong with the spelling of a [`DataPath`].
-#[derive(Debug, Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DataPathError {
-    /// Nothing before the `#`, or nothing at all.
-    #[error("there is no path")]
-    NoPath,
-    /// A part of the filter is not `FIELD=VALUE`.
-    #[error("`{0}` is not a filter of the form FIELD=VALUE")]
-    NotAFilter(String),
-}
-
 impl<R: Row> Dataset<R> {
     /// Reads the rows that `path` selects.
     ///
@@ -154,31 +59,32 @@ impl<R: Row> Dataset<R> {
     /// [`DataError`], with the file and, for a row, its line or its index in the array.
     pub fn open(path: &DataPath) -> Result<Self, DataError> {
         let fail = |kind| DataError {
-            path: path.path.clone(),
+            path: path.path().to_owned(),
             kind,
         };
-        let bytes = fs::read(&path.path).map_err(|error| fail(DataErrorKind::Io(error)))?;
+        let bytes = fs::read(path.path()).map_err(|error| fail(DataErrorKind::Io(error)))?;
         Self::from_bytes(&bytes, Source::File(path.clone())).map_err(fail)
     }
 
     /// Reads the rows of `bytes`, all of them or those that the path of `source` selects.
     pub(super) fn from_bytes(bytes: &[u8], source: Source) -> Result<Self, DataErrorKind> {
+        let everything = Filters::default();
         let filters = match &source {
-            Source::File(path) => &path.filters[..],
-            Source::BuiltIn(_) => &[],
+            Source::File(path) => path.filters(),
+            Source::BuiltIn(_) => &everything,
         };
         let mut parsed = Parsed::default();
         parsed.read(bytes)?;
         let (total, skipped) = (parsed.records.len(), parsed.skipped);
         let mut problems = parsed.problems;
-        if total == 0 && problems.total == 0 {
+        if total == 0 && problems.is_empty() {
             return Err(DataErrorKind::NoRows { skipped });
         }
         let mut rows = Vec::new();
         for record in parsed
             .records
             .iter()
-            .filter(|record| selected(&record.fields, filters))
+            .filter(|record| filters.select(&record.fields))
         {
             match R::from_record(record) {
                 Ok(row) => rows.push(row),
@@ -188,20 +94,14 @@ impl<R: Row> Dataset<R> {
                 }),
             }
         }
-        if problems.total > 0 {
-            return Err(DataErrorKind::Rows(problems));
-        }
+        Problems::none_of(problems)?;
         if rows.is_empty() {
             return Err(DataErrorKind::NothingSelected {
-                filter: filters
-                    .iter()
-                    .map(Filter::to_string)
-                    .collect::<Vec<_>>()
-                    .join("&"),
+                filter: filters.to_string(),
                 total,
-                present: filters.first().map_or_else(String::new, |filter| {
-                    values_of(&filter.field, &parsed.records)
-                }),
+                present: first_few(
+                    filters.first_values(parsed.records.iter().map(|record| &record.fields)),
+                ),
             });
         }
         Ok(Self {
@@ -279,41 +179,8 @@ pub enum DataErrorKind {
         present: String,
     },
     /// Rows that do not say what they must.
-    #[error("{0}")]
-    Rows(Problems),
-}
-
-/// The first few rows with a problem, and how many there are in all.
-#[derive(Debug, Default)]
-pub struct Problems {
-    /// The first [`LISTED`](Self::LISTED) of them, in the file's order.
-    pub listed: Vec<RowError>,
-    /// How many rows have a problem.
-    pub total: usize,
-}
-
-impl Problems {
-    /// How many are listed: enough to see whether it is one row or a wrong schema.
-    pub const LISTED: usize = 4;
-
-    pub(super) fn push(&mut self, problem: RowError) {
-        self.total += 1;
-        if self.listed.len() < Self::LISTED {
-            self.listed.push(problem);
-        }
-    }
-}
-
-impl fmt::Display for Problems {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, problem) in self.listed.iter().enumerate() {
-            write!(f, "{}{problem}", if i == 0 { "" } else { "; " })?;
-        }
-        match self.total - self.listed.len() {
-            0 => Ok(()),
-            more => write!(f, "; and {more} more rows"),
-        }
-    }
+    #[error(transparent)]
+    Rows(#[from] Problems<RowError>),
 }
 
 /// A row that does not say what it must.
@@ -332,7 +199,7 @@ struct Parsed {
     records: Vec<Record>,
     skipped: usize,
     /// What is neither an object nor a bare string.
-    problems: Problems,
+    problems: Vec<RowError>,
 }
 
 impl Parsed {
@@ -434,49 +301,31 @@ pub(super) fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-/// Whether every filter finds its field in the row, with its value.
-fn selected(row: &Map<String, Value>, filters: &[Filter]) -> bool {
-    filters.iter().all(|filter| {
-        row.get(&filter.field)
-            .is_some_and(|value| as_filter_value(value) == filter.value)
-    })
-}
-
-/// How a value is written in a filter.
-fn as_filter_value(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
-}
-
-/// The different values of `field`, in order of appearance, the first few.
-fn values_of(field: &str, records: &[Record]) -> String {
-    const SHOWN: usize = 6;
-    let mut values: Vec<String> = Vec::new();
-    for value in records.iter().filter_map(|record| record.fields.get(field)) {
-        let text = as_filter_value(value);
-        if text.chars().count() <= 40 && !values.contains(&text) {
-            values.push(text);
+/// The different values among `values`, in order of appearance, the first few of the short ones.
+fn first_few(values: impl Iterator<Item = String>) -> String {
+    const LISTED: usize = 6;
+    const LONGEST: usize = 40;
+    let mut listed: Vec<String> = Vec::new();
+    for value in values.filter(|value| value.chars().count() <= LONGEST) {
+        let value = format!("`{}`", shown(&value));
+        if !listed.contains(&value) {
+            listed.push(value);
         }
-        if values.len() == SHOWN {
+        if listed.len() == LISTED {
             break;
         }
     }
-    if values.is_empty() {
+    if listed.is_empty() {
         "nothing".to_owned()
     } else {
-        values
-            .iter()
-            .map(|value| format!("`{value}`"))
-            .collect::<Vec<_>>()
-            .join(", ")
+        listed.join(", ")
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+    use std::path::Path;
 
     use super::super::rows::{Example, Request};
     use super::*;
@@ -585,21 +434,6 @@ mod tests {
     }
 
     #[test]
-    fn only_a_filter_after_the_last_hash_is_one() {
-        for plain in ["a.jsonl", "dir/a#2.jsonl", "a=b.jsonl"] {
-            let path: DataPath = plain.parse().unwrap();
-            assert_eq!(path.path(), Path::new(plain));
-        }
-        let path: DataPath = "a#2.jsonl#split=x&type=a=b".parse().unwrap();
-        assert_eq!(path.path(), Path::new("a#2.jsonl"));
-        assert_eq!(path.to_string(), "a#2.jsonl#split=x&type=a=b");
-        assert_eq!("#a=b".parse::<DataPath>(), Err(DataPathError::NoPath));
-        assert_eq!("".parse::<DataPath>(), Err(DataPathError::NoPath));
-        let not_a_filter = DataPathError::NotAFilter("b".to_owned());
-        assert_eq!("x#a=1&b".parse::<DataPath>(), Err(not_a_filter));
-    }
-
-    #[test]
     fn malformed_json_is_placed_by_line() {
         let found = message(parse(
             "{\"prompt\":\"a\",\"target\":\"1\"}\n{\"prompt\":",
@@ -640,16 +474,30 @@ mod tests {
     }
 
     #[test]
-    fn bad_rows_are_listed_up_to_a_limit() {
-        let text = "{\"prompt\":\"a\",\"target\":\" \"}\n".repeat(Problems::LISTED + 1);
-        let found = message(parse(&text, ""));
+    fn all_bad_rows_are_kept_and_the_first_are_spelled_out() {
+        let text = "{\"prompt\":\"a\",\"target\":\" \"}\n".repeat(25);
+        let Err(DataErrorKind::Rows(problems)) = parse(&text, "") else {
+            panic!("taken");
+        };
+        assert_eq!(problems.all().len(), 25);
+        let message = problems.to_string();
         assert!(
-            found.starts_with("line 1: `target` is empty; line 2:"),
-            "{found}"
+            message.starts_with("line 1: `target` is empty; line 2:"),
+            "{message}"
         );
-        assert!(found.ends_with("and 1 more rows"), "{found}");
-        let text = "{\"prompt\":\"a\",\"target\":\" \"}\n".repeat(Problems::LISTED);
-        assert!(!message(parse(&text, "")).contains("more"));
+        assert!(message.ends_with(" more"), "{message}");
+    }
+
+    #[test]
+    fn what_a_file_says_cannot_steer_a_terminal() {
+        let text = "{\"split\":\"\\u001b[2J\",\"\\u001b[1m\":1}";
+        for filter in ["", "#split=x"] {
+            let found = message(parse(text, filter));
+            assert!(
+                found.contains("\\u{1b}") && !found.contains('\u{1b}'),
+                "{found}"
+            );
+        }
     }
 
     #[test]

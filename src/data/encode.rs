@@ -6,61 +6,19 @@
 //! as nothing.
 
 use std::fmt;
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use serde_json::Value;
+use panacea_formats::Problems;
 use thiserror::Error;
 use tokenizers::Tokenizer;
 
-use super::chat::{ChatError, ChatTemplate};
+use super::chat::ChatError;
 use super::dataset::Place;
 use super::rows::{Example, Request};
+use super::side_files::{Eos, SideFiles, TokenizerFiles, read};
 use super::template::{Segment, Template, TemplateChoice, TemplateError};
 use crate::model::EncodedRow;
-
-/// Where a checkpoint keeps what is needed to turn text into tokens. All but the tokenizer may be missing.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenizerFiles {
-    /// `tokenizer.json`.
-    pub tokenizer: PathBuf,
-    /// `tokenizer_config.json`: special tokens, and in most checkpoints the chat template.
-    pub tokenizer_config: Option<PathBuf>,
-    /// `special_tokens_map.json`: special tokens, in older checkpoints.
-    pub special_tokens_map: Option<PathBuf>,
-    /// `chat_template.jinja`: goes before the one in `tokenizer_config.json`.
-    pub chat_template: Option<PathBuf>,
-    /// `generation_config.json`: the end-of-sequence id, where no special token says it.
-    pub generation_config: Option<PathBuf>,
-    /// `config.json`: likewise.
-    pub config: Option<PathBuf>,
-}
-
-impl TokenizerFiles {
-    /// Asks `side_file` for each file by its name.
-    ///
-    /// # Errors
-    /// [`EncodeError::NoTokenizer`] when there is no `tokenizer.json`.
-    pub fn find(side_file: impl Fn(&str) -> Option<PathBuf>) -> Result<Self, EncodeError> {
-        Ok(Self {
-            tokenizer: side_file("tokenizer.json").ok_or(EncodeError::NoTokenizer)?,
-            tokenizer_config: side_file("tokenizer_config.json"),
-            special_tokens_map: side_file("special_tokens_map.json"),
-            chat_template: side_file("chat_template.jinja"),
-            generation_config: side_file("generation_config.json"),
-            config: side_file("config.json"),
-        })
-    }
-
-    /// Looks for each file in `directory`.
-    ///
-    /// # Errors
-    /// [`EncodeError::NoTokenizer`] when there is no `tokenizer.json`.
-    pub fn in_directory(directory: &Path) -> Result<Self, EncodeError> {
-        Self::find(|name| Some(directory.join(name)).filter(|path| path.is_file()))
-    }
-}
 
 /// Turns the rows of data sets into tokens for one checkpoint.
 pub struct Encoder {
@@ -141,20 +99,18 @@ impl Encoder {
     /// with a token that the model does not know, and [`EncodeError::NoResponseLeft`] for all whose response is cut away.
     pub fn encode(&self, examples: &[Example]) -> Result<Vec<EncodedRow>, EncodeError> {
         let mut rows = Vec::with_capacity(examples.len());
-        let mut cut = CutRows::default();
+        let mut cut = Vec::new();
         for example in examples {
             match self.row(example)? {
                 Some(row) => rows.push(row),
                 None => cut.push(example.place),
             }
         }
-        if cut.total > 0 {
-            return Err(EncodeError::NoResponseLeft {
-                cut,
-                rows: examples.len(),
-                max_length: self.max_length,
-            });
-        }
+        Problems::none_of(cut).map_err(|cut| EncodeError::NoResponseLeft {
+            cut,
+            rows: examples.len(),
+            max_length: self.max_length,
+        })?;
         Ok(rows)
     }
 
@@ -324,184 +280,15 @@ pub enum EncodeError {
         vocabulary: usize,
     },
     /// Rows whose prompt fills the maximum length.
-    #[error("{} of {rows} rows keep no token of their response when cut to {max_length} tokens: {cut}", cut.total)]
+    #[error("{} of {rows} rows keep no token of their response when cut to {max_length} tokens: {cut}", cut.all().len())]
     NoResponseLeft {
         /// Which rows.
-        cut: CutRows,
+        cut: Problems<Place>,
         /// How many rows there are.
         rows: usize,
         /// The maximum length.
         max_length: usize,
     },
-}
-
-/// The first few rows whose response is cut away, and how many there are in all.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CutRows {
-    /// The first [`LISTED`](Self::LISTED) of them.
-    pub listed: Vec<Place>,
-    /// How many there are.
-    pub total: usize,
-}
-
-impl CutRows {
-    /// How many are listed.
-    pub const LISTED: usize = 5;
-
-    fn push(&mut self, place: Place) {
-        self.total += 1;
-        if self.listed.len() < Self::LISTED {
-            self.listed.push(place);
-        }
-    }
-}
-
-impl fmt::Display for CutRows {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, place) in self.listed.iter().enumerate() {
-            write!(f, "{}{place}", if i == 0 { "" } else { ", " })?;
-        }
-        match self.total - self.listed.len() {
-            0 => Ok(()),
-            more => write!(f, ", and {more} more"),
-        }
-    }
-}
-
-/// The end-of-sequence token: its id, and its text, which is empty if the tokenizer does not know it.
-#[derive(Clone, Debug)]
-struct Eos {
-    id: u32,
-    text: String,
-}
-
-impl Eos {
-    /// The special token first, as transformers has it; then the ids, of a list the first.
-    fn find(side: &SideFiles, tokenizer: &Tokenizer) -> Result<Self, EncodeError> {
-        if let Some(text) = side.special_token("eos_token")
-            && let Some(id) = tokenizer.token_to_id(text)
-        {
-            return Ok(Self {
-                id,
-                text: text.to_owned(),
-            });
-        }
-        let id = [&side.generation_config, &side.config]
-            .into_iter()
-            .flatten()
-            .find_map(|config| {
-                let value = config.get("eos_token_id")?;
-                let first = value.as_array().map_or(Some(value), |ids| ids.first())?;
-                u32::try_from(first.as_u64()?).ok()
-            })
-            .ok_or(EncodeError::NoEos)?;
-        Ok(Self {
-            id,
-            text: tokenizer.id_to_token(id).unwrap_or_default(),
-        })
-    }
-}
-
-/// What the side files say, those that there are.
-struct SideFiles {
-    tokenizer_config: Option<Value>,
-    special_tokens_map: Option<Value>,
-    generation_config: Option<Value>,
-    config: Option<Value>,
-    chat_template: Option<String>,
-}
-
-impl SideFiles {
-    fn read(files: &TokenizerFiles) -> Result<Self, EncodeError> {
-        let chat_template = match &files.chat_template {
-            None => None,
-            Some(path) => {
-                Some(
-                    String::from_utf8(read(path)?).map_err(|source| EncodeError::NotText {
-                        path: path.clone(),
-                        source,
-                    })?,
-                )
-            }
-        };
-        Ok(Self {
-            tokenizer_config: object(files.tokenizer_config.as_deref())?,
-            special_tokens_map: object(files.special_tokens_map.as_deref())?,
-            generation_config: object(files.generation_config.as_deref())?,
-            config: object(files.config.as_deref())?,
-            chat_template,
-        })
-    }
-
-    /// The text of a special token, which stands there as a string or as an object with its `content`.
-    fn special_token(&self, name: &str) -> Option<&str> {
-        [&self.tokenizer_config, &self.special_tokens_map]
-            .into_iter()
-            .flatten()
-            .find_map(|config| {
-                let token = config.get(name)?;
-                token.as_str().or_else(|| token.get("content")?.as_str())
-            })
-    }
-
-    /// From `chat_template.jinja`, else from `tokenizer_config.json`: a string, or a list of named templates of which the one called
-    /// `default` is meant.
-    fn chat_template(&self) -> Result<Option<Box<ChatTemplate>>, ChatError> {
-        let in_config = || {
-            let template = self.tokenizer_config.as_ref()?.get("chat_template")?;
-            let named_default = |templates: &Value| {
-                let default = templates.as_array()?.iter().find(|template| {
-                    template.get("name").and_then(Value::as_str) == Some("default")
-                })?;
-                Some(default.get("template")?.as_str()?.to_owned())
-            };
-            template
-                .as_str()
-                .map(str::to_owned)
-                .or_else(|| named_default(template))
-        };
-        let Some(source) = self.chat_template.clone().or_else(in_config) else {
-            return Ok(None);
-        };
-        let special_tokens = SPECIAL_TOKENS.into_iter().filter_map(|name| {
-            let text = self.special_token(name)?;
-            Some((name.to_owned(), text.to_owned()))
-        });
-        ChatTemplate::compile(&source, special_tokens).map(|template| Some(Box::new(template)))
-    }
-}
-
-/// The special tokens that transformers hands to a chat template.
-const SPECIAL_TOKENS: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-];
-
-fn read(path: &Path) -> Result<Vec<u8>, EncodeError> {
-    fs::read(path).map_err(|source| EncodeError::Io {
-        path: path.to_owned(),
-        source,
-    })
-}
-
-fn object(path: Option<&Path>) -> Result<Option<Value>, EncodeError> {
-    let Some(path) = path else {
-        return Ok(None);
-    };
-    let wrong = |source| EncodeError::SideFile {
-        path: path.to_owned(),
-        source,
-    };
-    match serde_json::from_slice(&read(path)?) {
-        Ok(value @ Value::Object(_)) => Ok(Some(value)),
-        Ok(_) => Err(wrong(None)),
-        Err(error) => Err(wrong(Some(error))),
-    }
 }
 
 fn at(place: &Option<Place>) -> String {
@@ -512,7 +299,11 @@ fn at(place: &Option<Place>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::dataset::{DataPath, Dataset};
+    use std::fs;
+    use std::path::Path;
+
+    use super::super::data_path::DataPath;
+    use super::super::dataset::Dataset;
     use super::*;
 
     /// What transformers makes of testdata/tokenizer/rows.jsonl.
@@ -611,17 +402,12 @@ mod tests {
 
     #[test]
     fn rows_that_the_cut_leaves_nothing_of_are_all_counted() {
-        let rows: Vec<_> = rows()
-            .into_iter()
-            .cycle()
-            .take(3 * CutRows::LISTED)
-            .collect();
         let error = encoder(TemplateChoice::Alpaca, 2)
-            .encode(&rows[..6])
+            .encode(&rows()[..6])
             .unwrap_err();
         assert_eq!(
             error.to_string(),
-            "6 of 6 rows keep no token of their response when cut to 2 tokens: line 1, line 2, line 3, line 4, line 5, and 1 more"
+            "6 of 6 rows keep no token of their response when cut to 2 tokens: line 1; line 2; line 3; line 4; line 5; line 6"
         );
     }
 

@@ -6,19 +6,23 @@
 
 pub mod builtin;
 mod chat;
+mod data_path;
 mod dataset;
 mod encode;
 mod rows;
+mod side_files;
 mod template;
 
 use std::collections::BTreeMap;
 
+use panacea_formats::Problems;
+
 pub use chat::{ChatError, ChatTemplate};
-pub use dataset::{
-    DataError, DataErrorKind, DataPath, DataPathError, Dataset, Place, Problems, RowError, Source,
-};
-pub use encode::{EncodeError, Encoder, TokenizerFiles};
+pub use data_path::{DataPath, DataPathError};
+pub use dataset::{DataError, DataErrorKind, Dataset, Place, RowError, Source};
+pub use encode::{EncodeError, Encoder};
 pub use rows::{Dialogue, Example, Message, Refusal, Request, Role, Row, RowProblem};
+pub use side_files::TokenizerFiles;
 pub use template::{Segment, Template, TemplateChoice, TemplateError, UnknownTemplate};
 
 /// The data sets that the user gives; all may be left out.
@@ -142,19 +146,15 @@ fn marked_safe_refused(
     harmful: Dataset<Example>,
     path: &DataPath,
 ) -> Result<Dataset<Example>, DataError> {
-    let mut problems = Problems::default();
-    for row in harmful.rows.iter().filter(|row| row.is_safe == Some(true)) {
-        problems.push(RowError {
-            place: row.place,
-            kind: RowProblem::MarkedSafe,
-        });
-    }
-    if problems.total > 0 {
-        return Err(DataError {
-            path: path.path().to_owned(),
-            kind: DataErrorKind::Rows(problems),
-        });
-    }
+    let marked = harmful.rows.iter().filter(|row| row.is_safe == Some(true));
+    let problems = marked.map(|row| RowError {
+        place: row.place,
+        kind: RowProblem::MarkedSafe,
+    });
+    Problems::none_of(problems.collect()).map_err(|problems| DataError {
+        path: path.path().to_owned(),
+        kind: DataErrorKind::Rows(problems),
+    })?;
     Ok(harmful)
 }
 

@@ -15,6 +15,7 @@
 //! is the refusal of the same request; where it reads `Question: ...\nAnswer: ...`, as in BeaverTails with refusals, it is what
 //! follows `\nAnswer: `. Text is taken as it stands, white space included: what a model is trained on is not ours to tidy.
 
+use panacea_formats::shown;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
@@ -260,7 +261,10 @@ pub enum RowProblem {
         field: String,
     },
     /// A speaker that is not known.
-    #[error("`{field}` is `{found}`, where `system`, `user` and `assistant` are known")]
+    #[error(
+        "`{field}` is `{}`, where `system`, `user` and `assistant` are known",
+        shown(found)
+    )]
     UnknownRole {
         /// Its path inside the row.
         field: String,
@@ -408,7 +412,7 @@ fn no_field(
     let mut found = fields
         .keys()
         .take(SHOWN)
-        .map(|name| format!("`{}`", name.chars().take(40).collect::<String>()))
+        .map(|name| format!("`{}`", shown(name)))
         .collect::<Vec<_>>()
         .join(", ");
     match fields.len() {

@@ -143,7 +143,7 @@ impl<'c> Decoder<'c> {
         let loss = head.loss(
             &workspace.inputs[x],
             pack,
-            Objective::NextToken,
+            Objective::NextToken { cap: f64::INFINITY },
             None,
             &mut workspace.head,
         );
@@ -173,7 +173,21 @@ impl<'c> Decoder<'c> {
         pack: &Pack,
         gradient: &mut TargetTensors,
     ) -> Result<LossSum, PackError> {
-        self.forward_and_backward(values, pack, Objective::NextToken, gradient)
+        self.capped_loss_and_gradient(values, pack, f64::INFINITY, gradient)
+    }
+
+    /// As [`Self::loss_and_gradient`], but the gradient is that of the sum of min(loss, `cap`): tokens above the cap have none.
+    ///
+    /// # Errors
+    /// [`PackError`] when a token is outside of the vocabulary.
+    pub fn capped_loss_and_gradient(
+        &mut self,
+        values: &TargetTensors,
+        pack: &Pack,
+        cap: f64,
+        gradient: &mut TargetTensors,
+    ) -> Result<LossSum, PackError> {
+        self.forward_and_backward(values, pack, Objective::NextToken { cap }, gradient)
     }
 
     /// What [`Self::divergence`] compares with: the final hidden states at the predicted positions, predictions x hidden.

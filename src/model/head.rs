@@ -68,8 +68,8 @@ impl std::ops::AddAssign for LossSum {
 /// What the logits are compared with.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Objective<'a> {
-    /// The next token: -ln p(token).
-    NextToken,
+    /// The next token: -ln p(token). Tokens whose loss is above `cap` have no gradient, as under min(loss, cap).
+    NextToken { cap: f64 },
     /// The distribution that other hidden states (predictions x hidden, already normalized) give: KL(other || this).
     Divergence { reference: &'a [f32] },
 }
@@ -141,14 +141,14 @@ impl Head<'_> {
             let want_gradient = d.is_some();
             let losses = &mut losses[range.clone()];
             match objective {
-                Objective::NextToken => (
+                Objective::NextToken { cap } => (
                     logits.par_chunks_exact_mut(vocab),
                     &predictions[range],
                     losses,
                 )
                     .into_par_iter()
                     .for_each(|(row, prediction, loss)| {
-                        *loss = simd(|| next_token(row, *prediction, want_gradient))
+                        *loss = simd(|| next_token(row, *prediction, want_gradient.then_some(cap)))
                     }),
                 Objective::Divergence { .. } => {
                     (
@@ -268,20 +268,25 @@ impl Head<'_> {
     }
 }
 
-/// -ln softmax(row)\[token]; with a gradient wanted, `row` becomes softmax(row) - onehot(token).
+/// -ln softmax(row)\[token]; where a gradient is wanted, `row` becomes softmax(row) - onehot(token), or 0 above the cap.
 #[inline(always)]
-fn next_token(row: &mut [f32], prediction: Prediction, want_gradient: bool) -> f64 {
+fn next_token(row: &mut [f32], prediction: Prediction, gradient_up_to: Option<f64>) -> f64 {
     let token = prediction.token as usize;
     let score = row[token];
     let (top, sum) = exponentials(row);
-    if want_gradient {
-        let share = 1.0 / sum;
-        for p in row.iter_mut() {
-            *p *= share;
+    let loss = f64::from(top) + f64::from(sum).ln() - f64::from(score);
+    match gradient_up_to {
+        Some(cap) if loss > cap => row.fill(0.0),
+        Some(_) => {
+            let share = 1.0 / sum;
+            for p in row.iter_mut() {
+                *p *= share;
+            }
+            row[token] -= 1.0;
         }
-        row[token] -= 1.0;
+        None => {}
     }
-    f64::from(top) + f64::from(sum).ln() - f64::from(score)
+    loss
 }
 
 /// KL(softmax(reference) || softmax(row)); `row` becomes the gradient softmax(row) - softmax(reference).

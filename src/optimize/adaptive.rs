@@ -2,25 +2,28 @@
 //!
 //!     max over |delta| <= rho of  min(h, cap) - alpha r    while g and kl hardly move
 //!
-//! Contrast steps go along c = grad h / |grad h| - alpha grad r / |grad r|: away from openings that comply, towards refusals
-//! of the same requests. Once a batch's h is above the cap its part is dropped, since ascent on h alone ends in nonsense. The
-//! part of c that would raise the guard (the task loss, or without a task set the divergence on benign text) is projected out, and
-//! a share of the guard's own descent is added. Steps have a fixed length in the Euclidean geometry: Adam would spread the
-//! same length over all elements, where the useful direction has few. Contrast ends when enough held-back requests would
-//! rather be refused. Repair steps then descend the guard, without what opposes the contrast.
+//! A contrast step goes along c = grad h / |grad h| - alpha grad r / |grad r|: away from openings that comply, towards refusals
+//! of the same requests. The cap holds for each token: one that is unlikely enough is left alone, since ascent on h without
+//! an end turns into nonsense, while the first word of an opening may still need a push. What in c would raise a guard (the task loss, the divergence on benign text) is projected out, and a share of the guard's own
+//! descent is added. Steps have a fixed length in the Euclidean geometry: Adam would spread the same length over all
+//! elements, where the useful direction has few. When enough held-back requests would rather be refused, or the steps are
+//! used up, repair steps descend the guards without what opposes the contrast; if they undo the aim, it goes on.
 
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::SeedableRng;
+mod guard;
+mod held_back;
 
+use self::guard::Guard;
+use self::held_back::{HeldBack, beginnings};
 use super::engine::{Batch, Engine, Gradient, OptimizeError, Set, factor, wrapping};
 use super::radius::{Budget, Radius, RadiusPoint, Search};
 use super::step::{Phase, StepRecord};
 use super::{Outcome, Rows, State};
-use crate::model::TargetTensors;
+use crate::model::{EncodedRow, TargetTensors};
 
-/// Largest share of the harmful rows that is held back to see when the aim is reached, and the most rows.
-const HELD_BACK: (usize, usize) = (4, 24);
+/// What the first contrast step is to change h - r by, to first order, in nats per token, where no length is given.
+///
+/// Scale-free: it asks the same of weights of any size. On the models it was tried on it gives steps of 0.1 to 0.2.
+const GAIN: f64 = 1.0;
 
 /// Settings of the method.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,21 +32,24 @@ pub struct Adaptive {
     pub rho: Radius,
     /// Weight of the refusals in the contrast.
     pub alpha: f64,
-    /// Harmful loss above which a batch no longer pushes away from openings, in nats per token.
+    /// Loss above which a token of an opening is unlikely enough to be left alone, in nats.
     pub cap: f64,
-    /// Length of a contrast step, as a share of the norm of the targets.
-    pub step_length: f64,
+    /// Length of a contrast step in the weights' unit; `None` takes the one whose first step changes h - r by one nat per token,
+    /// to first order.
+    pub step_length: Option<f64>,
+    /// Tokens of each opening and refusal that the loss is taken on: what an answer begins with decides what it is.
+    pub first_tokens: usize,
     /// Most contrast steps.
     pub steps: usize,
     /// Rows of each set in a step.
     pub batch: usize,
     /// Share of held-back requests that are to be refused; contrast ends there.
     pub aim: f64,
-    /// Share of a contrast step's length that descends the guard.
+    /// Share of a contrast step's length that descends the guards.
     pub guard_share: f64,
-    /// Repair steps after the contrast.
+    /// Repair steps after each run of contrast steps.
     pub repair_steps: usize,
-    /// Length of the first repair step, as a share of a contrast step's; later ones shrink to a quarter of it.
+    /// Length of the first repair step, as a share of a contrast step's; the last one's is a quarter of it.
     pub repair_length: f64,
     /// Of the order of rows.
     pub seed: u64,
@@ -55,12 +61,13 @@ impl Default for Adaptive {
             rho: Radius::Auto(Budget::default()),
             alpha: 1.0,
             cap: 2.5,
-            step_length: 1.2e-4,
-            steps: 6,
+            step_length: None,
+            first_tokens: 8,
+            steps: 12,
             batch: 24,
             aim: 0.95,
             guard_share: 0.5,
-            repair_steps: 6,
+            repair_steps: 4,
             repair_length: 0.5,
             seed: 0,
         }
@@ -86,21 +93,238 @@ pub(super) fn run(
         }
     }
     let w0 = engine.decoder.target_values()?;
-    let mut run = Run::new(engine, rows, settings, &w0)?;
+    let openings = beginnings(&rows.harmful, settings.first_tokens);
+    let refusals = beginnings(&rows.refusals, settings.first_tokens);
+    let deciding = [&openings, &refusals].map(|rows| beginnings(rows, held_back::DECIDING));
+    let (learn, held_back) = HeldBack::split(&deciding[0], &deciding[1], settings.seed);
+    let mut run = Run {
+        settings,
+        w0: &w0,
+        openings: &openings,
+        refusals: &refusals,
+        learn,
+        held_back: &held_back,
+        guards: Guard::all(engine, rows, &w0, settings.batch)?,
+        w: w0.clone(),
+        delta: w0.zeros_like(),
+        along: w0.zeros_like(),
+        gradient: w0.zeros_like(),
+        steps: Vec::new(),
+    };
     if let Some(state) = resumed {
         run.resume(state)?;
     }
-    run.contrast(engine)?;
-    run.repair(engine)?;
-    let Run {
-        delta,
-        steps,
-        held_back,
-        guard,
-        ..
-    } = run;
-    drop(guard);
+    while let Some(phase) = next_phase(settings, &run.steps) {
+        run.step(engine, phase)?;
+    }
+    let Run { delta, steps, .. } = run;
     finish(engine, rows, settings, &w0, delta, steps, &held_back)
+}
+
+/// Which kind of step follows `steps`, a function of what they measured alone; `None` at the end.
+fn next_phase(settings: &Adaptive, steps: &[StepRecord]) -> Option<Phase> {
+    let Some(last) = steps.last() else {
+        return (settings.steps > 0).then_some(Phase::Contrast);
+    };
+    let repairs = repairs_in_a_row(steps);
+    if last.phase == Phase::Repair && repairs < settings.repair_steps {
+        return Some(Phase::Repair);
+    }
+    let contrasts = steps
+        .iter()
+        .filter(|step| step.phase == Phase::Contrast)
+        .count();
+    let reached = last
+        .refusing
+        .is_some_and(|refusing| refusing >= settings.aim);
+    match last.phase {
+        _ if !reached && contrasts < settings.steps => Some(Phase::Contrast),
+        Phase::Contrast if settings.repair_steps > 0 => Some(Phase::Repair),
+        _ => None,
+    }
+}
+
+fn repairs_in_a_row(steps: &[StepRecord]) -> usize {
+    steps
+        .iter()
+        .rev()
+        .take_while(|step| step.phase == Phase::Repair)
+        .count()
+}
+
+/// A run between two steps, and the buffers of one.
+struct Run<'r> {
+    settings: &'r Adaptive,
+    w0: &'r TargetTensors,
+    openings: &'r [EncodedRow],
+    refusals: &'r [EncodedRow],
+    /// Places of the harmful rows that steps learn from, in their order.
+    learn: Vec<usize>,
+    held_back: &'r HeldBack<'r>,
+    guards: Vec<Guard<'r>>,
+    /// w0 + delta.
+    w: TargetTensors,
+    delta: TargetTensors,
+    /// The last contrast's direction, of norm 1.
+    along: TargetTensors,
+    gradient: TargetTensors,
+    steps: Vec<StepRecord>,
+}
+
+impl Run<'_> {
+    fn step(&mut self, engine: &mut Engine<'_, '_>, phase: Phase) -> Result<(), OptimizeError> {
+        let step = self.steps.len();
+        engine.step = step;
+        let mut record = StepRecord::new(step, phase);
+        let (direction, length) = match phase {
+            Phase::Repair => self.repair(engine, &mut record)?,
+            Phase::Contrast | Phase::Outer => self.contrast(engine, &mut record)?,
+        };
+        self.advance(&direction, length);
+        drop(direction);
+        record.length = Some(length);
+        record.norm = self.delta.norm();
+        let repaired = phase == Phase::Repair
+            && repairs_in_a_row(&self.steps) + 1 == self.settings.repair_steps;
+        if phase == Phase::Contrast || repaired {
+            record.refusing = Some(self.held_back.measure(engine, &self.w)?.refusing);
+        }
+        engine.observer.step(&record);
+        self.steps.push(record);
+        engine.observer.state(&|| State {
+            steps: self.steps.clone(),
+            tensors: vec![
+                ("delta".to_owned(), self.delta.clone()),
+                ("along".to_owned(), self.along.clone()),
+            ],
+        });
+        Ok(())
+    }
+
+    /// The direction and length of a contrast step; `along` becomes the contrast before the guards.
+    fn contrast(
+        &mut self,
+        engine: &mut Engine<'_, '_>,
+        record: &mut StepRecord,
+    ) -> Result<(TargetTensors, f64), OptimizeError> {
+        let settings = self.settings;
+        let places: Vec<usize> = self
+            .next_batch()
+            .into_iter()
+            .map(|place| self.learn[place])
+            .collect();
+        let openings = Batch::new(Set::Harmful, self.openings, places.clone());
+        let h = engine.capped_gradient(&self.w, &openings, settings.cap, &mut self.gradient)?;
+        self.along.clear();
+        let pushes = h.norm > 0.0;
+        if pushes {
+            self.along.add_scaled(factor(1.0 / h.norm), &self.gradient);
+        }
+        let refusals = Batch::new(Set::Refusals, self.refusals, places);
+        let r = engine.gradient(&self.w, &refusals, &mut self.gradient)?;
+        let overlap = self.along.dot(&self.gradient) / r.norm;
+        self.along
+            .add_scaled(factor(-settings.alpha / r.norm), &self.gradient);
+        let norm = self.along.norm();
+        self.along.scale(factor(1.0 / norm));
+        record.h = Some(h.loss);
+        record.grad_h = Some(h.norm);
+        record.r = Some(r.loss);
+
+        let h_part = if pushes {
+            h.norm * (1.0 - settings.alpha * overlap)
+        } else {
+            0.0
+        };
+        let slope = (h_part + r.norm * (settings.alpha - overlap)) / norm;
+        let length = self.steps.first().and_then(|first| first.length);
+        let length = length
+            .or(settings.step_length)
+            .unwrap_or(GAIN / slope.abs());
+
+        let mut direction = self.along.clone();
+        #[expect(clippy::cast_precision_loss, reason = "one or two guards")]
+        let share = settings.guard_share / self.guards.len() as f64;
+        for guard in &self.guards {
+            let found =
+                guard.gradient(engine, &self.w, settings.batch, record, &mut self.gradient)?;
+            let Some(Gradient { norm, .. }) = found else {
+                continue;
+            };
+            let conflict = direction.dot(&self.gradient) / norm;
+            if conflict > 0.0 {
+                direction.add_scaled(factor(-conflict / norm), &self.gradient);
+                direction.scale(factor(1.0 / direction.norm()));
+            }
+            direction.add_scaled(factor(-share / norm), &self.gradient);
+        }
+        Ok((direction, length))
+    }
+
+    /// The direction and length of a repair step.
+    fn repair(
+        &mut self,
+        engine: &mut Engine<'_, '_>,
+        record: &mut StepRecord,
+    ) -> Result<(TargetTensors, f64), OptimizeError> {
+        let settings = self.settings;
+        let mut direction = self.delta.zeros_like();
+        for guard in &self.guards {
+            let found =
+                guard.gradient(engine, &self.w, settings.batch, record, &mut self.gradient)?;
+            if let Some(Gradient { norm, .. }) = found {
+                direction.add_scaled(factor(-1.0 / norm), &self.gradient);
+            }
+        }
+        direction.scale(factor(1.0 / direction.norm()));
+        let opposed = direction.dot(&self.along);
+        if opposed < 0.0 {
+            direction.add_scaled(factor(-opposed), &self.along);
+        }
+        let contrast = self
+            .steps
+            .first()
+            .and_then(|first| first.length)
+            .unwrap_or(0.0);
+        #[expect(clippy::cast_precision_loss, reason = "a handful of steps")]
+        let done = repairs_in_a_row(&self.steps) as f64 / settings.repair_steps as f64;
+        Ok((
+            direction,
+            contrast * settings.repair_length * (1.0 - 0.75 * done),
+        ))
+    }
+
+    /// Places among `learn` of the next contrast step's rows.
+    fn next_batch(&self) -> Vec<usize> {
+        let contrasts = self
+            .steps
+            .iter()
+            .filter(|step| step.phase == Phase::Contrast)
+            .count();
+        let size = self.settings.batch.min(self.learn.len());
+        wrapping(self.learn.len(), size, contrasts)
+    }
+
+    /// Moves delta by `length` times `direction`, back onto the ball where it leaves it.
+    fn advance(&mut self, direction: &TargetTensors, length: f64) {
+        self.delta.add_scaled(factor(length), direction);
+        if let Radius::Fixed(rho) = self.settings.rho {
+            let norm = self.delta.norm();
+            if norm > rho {
+                self.delta.scale(factor(rho / norm));
+            }
+        }
+        self.w.copy_from(self.w0);
+        self.w.add_scaled(1.0, &self.delta);
+    }
+
+    fn resume(&mut self, mut state: State) -> Result<(), OptimizeError> {
+        let shape: Vec<usize> = self.delta.iter().map(<[f32]>::len).collect();
+        [self.delta, self.along] = state.take(["delta", "along"], &shape)?;
+        self.steps = state.steps;
+        self.w.add_scaled(1.0, &self.delta);
+        Ok(())
+    }
 }
 
 /// Shrinks delta to the budget, and measures the result.
@@ -118,8 +342,8 @@ fn finish(
     delta.scale(factor(1.0 / norm));
     let (radius, radii, at_end) = match settings.rho {
         Radius::Auto(budget) => {
-            let found =
-                Search::new(engine, rows, w0, budget)?.largest(engine, &delta, Some(norm))?;
+            let search = Search::new(engine, rows, w0, budget)?;
+            let found = search.largest(engine, &delta, Some(norm))?;
             let at_end = found
                 .tried
                 .iter()
@@ -128,9 +352,12 @@ fn finish(
             (found.radius, found.tried, at_end)
         }
         Radius::Fixed(_) => {
-            let point =
-                Search::new(engine, rows, w0, Budget::default())?.measure(engine, &delta, norm)?;
-            (norm, Vec::new(), Some(point))
+            let search = Search::new(engine, rows, w0, Budget::default())?;
+            (
+                norm,
+                Vec::new(),
+                Some(search.measure(engine, &delta, norm)?),
+            )
         }
     };
     delta.scale(factor(radius));
@@ -160,276 +387,42 @@ fn finish(
     })
 }
 
-/// Requests that no step learns from.
-struct HeldBack<'r> {
-    openings: Batch<'r>,
-    refusals: Batch<'r>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// What held-back requests say.
-struct Measured {
-    rows: f64,
-    refusing: f64,
-    h: f64,
-    r: f64,
-}
-
-impl HeldBack<'_> {
-    fn measure(
-        &self,
-        engine: &mut Engine<'_, '_>,
-        values: &TargetTensors,
-    ) -> Result<Measured, OptimizeError> {
-        let h = engine.row_losses(values, &self.openings)?;
-        let r = engine.row_losses(values, &self.refusals)?;
-        let refusing = h.iter().zip(&r).filter(|(h, r)| r < h).count();
-        #[expect(clippy::cast_precision_loss, reason = "a handful of rows")]
-        let (n, refusing) = (h.len() as f64, refusing as f64);
-        Ok(Measured {
-            rows: n,
-            refusing: refusing / n,
-            h: h.iter().sum::<f64>() / n,
-            r: r.iter().sum::<f64>() / n,
-        })
-    }
-}
-
-/// What must hardly move.
-enum Guard<'r> {
-    /// The task loss, on batches of these rows.
-    Task(&'r [crate::model::EncodedRow]),
-    /// The divergence from w0 on batches of benign rows; each batch with its reference.
-    Benign(Vec<(Batch<'r>, Vec<Vec<f32>>)>),
-}
-
-impl Guard<'_> {
-    /// The guard's gradient on batch number `step`; `None` where it has none, as a divergence at its own reference.
-    fn gradient(
-        &self,
-        engine: &mut Engine<'_, '_>,
-        values: &TargetTensors,
-        step: usize,
-        size: usize,
-        out: &mut TargetTensors,
-    ) -> Result<Option<Gradient>, OptimizeError> {
-        match self {
-            Self::Task(rows) => {
-                let batch = Batch::new(Set::Task, rows, wrapping(rows.len(), size, step));
-                engine.gradient(values, &batch, out).map(Some)
+    /// The phases of a run whose held-back requests refuse as `measured` says, measurement after measurement.
+    fn phases(settings: &Adaptive, measured: &[f64]) -> String {
+        let mut steps: Vec<StepRecord> = Vec::new();
+        let mut measured = measured.iter().copied();
+        let mut letters = String::new();
+        while let Some(phase) = next_phase(settings, &steps) {
+            let mut record = StepRecord::new(steps.len(), phase);
+            let last_repair = repairs_in_a_row(&steps) + 1 == settings.repair_steps;
+            if phase == Phase::Contrast || last_repair {
+                record.refusing = Some(measured.next().expect("a measurement"));
             }
-            Self::Benign(_) if step == 0 => Ok(None),
-            Self::Benign(batches) => {
-                let (batch, reference) = &batches[step % batches.len()];
-                engine
-                    .divergence_gradient(values, batch, reference, out)
-                    .map(Some)
-            }
+            letters.push(if phase == Phase::Contrast { 'c' } else { 'r' });
+            steps.push(record);
         }
+        letters
     }
-}
 
-/// A run between two steps, and the buffers of one.
-struct Run<'r> {
-    settings: &'r Adaptive,
-    rows: &'r Rows,
-    w0: &'r TargetTensors,
-    /// Places of the harmful rows that steps learn from, in their order.
-    learn: Vec<usize>,
-    held_back: HeldBack<'r>,
-    guard: Guard<'r>,
-    delta: TargetTensors,
-    /// The last contrast step's direction, of norm 1.
-    along: TargetTensors,
-    steps: Vec<StepRecord>,
-    /// w0 + delta.
-    w: TargetTensors,
-    gradient: TargetTensors,
-}
-
-impl<'r> Run<'r> {
-    fn new(
-        engine: &mut Engine<'_, '_>,
-        rows: &'r Rows,
-        settings: &'r Adaptive,
-        w0: &'r TargetTensors,
-    ) -> Result<Self, OptimizeError> {
-        let mut order: Vec<usize> = (0..rows.harmful.len()).collect();
-        order.shuffle(&mut ChaCha8Rng::seed_from_u64(settings.seed));
-        let held = (order.len() / HELD_BACK.0).min(HELD_BACK.1);
-        // A set too small to spare rows is looked at whole.
-        let (looked_at, learn) = match held {
-            0 => (order.clone(), order),
-            _ => (order[..held].to_vec(), order[held..].to_vec()),
+    #[test]
+    fn contrast_runs_to_the_aim_and_again_when_repair_undoes_it() {
+        let settings = Adaptive {
+            steps: 4,
+            repair_steps: 2,
+            aim: 0.9,
+            ..Adaptive::default()
         };
-        let guard = if rows.task.is_empty() {
-            let mut batches = Vec::new();
-            for places in (0..rows.benign.len())
-                .collect::<Vec<_>>()
-                .chunks(settings.batch)
-            {
-                let batch = Batch::new(Set::Benign, &rows.benign, places.to_vec());
-                let reference = engine.reference(w0, &batch)?;
-                batches.push((batch, reference));
-            }
-            Guard::Benign(batches)
-        } else {
-            Guard::Task(&rows.task)
+        assert_eq!(phases(&settings, &[0.5, 0.95, 0.95]), "ccrr");
+        assert_eq!(phases(&settings, &[0.95, 0.5, 0.95, 0.9]), "crrcrr");
+        assert_eq!(phases(&settings, &[0.1, 0.2, 0.3, 0.4, 0.4]), "ccccrr");
+        let never = Adaptive {
+            repair_steps: 0,
+            ..settings
         };
-        Ok(Self {
-            settings,
-            rows,
-            w0,
-            learn,
-            held_back: HeldBack {
-                openings: Batch::new(Set::Harmful, &rows.harmful, looked_at.clone()),
-                refusals: Batch::new(Set::Refusals, &rows.refusals, looked_at),
-            },
-            guard,
-            delta: w0.zeros_like(),
-            along: w0.zeros_like(),
-            steps: Vec::new(),
-            w: w0.clone(),
-            gradient: w0.zeros_like(),
-        })
+        assert_eq!(phases(&never, &[0.1, 0.9]), "cc");
     }
-
-    /// Steps of the contrast until the aim, or the last one.
-    fn contrast(&mut self, engine: &mut Engine<'_, '_>) -> Result<(), OptimizeError> {
-        let settings = self.settings;
-        let length = settings.step_length * self.w0.norm();
-        while self.steps.len() < settings.steps && !self.aim_reached() {
-            let step = self.steps.len();
-            engine.step = step;
-            let mut record = StepRecord::new(step, Phase::Contrast);
-            let places: Vec<usize> =
-                wrapping(self.learn.len(), settings.batch.min(self.learn.len()), step)
-                    .into_iter()
-                    .map(|place| self.learn[place])
-                    .collect();
-
-            let openings = Batch::new(Set::Harmful, &self.rows.harmful, places.clone());
-            let h = engine.gradient(&self.w, &openings, &mut self.gradient)?;
-            self.along.clear();
-            if h.loss < settings.cap {
-                self.along.add_scaled(factor(1.0 / h.norm), &self.gradient);
-            }
-            let refusals = Batch::new(Set::Refusals, &self.rows.refusals, places);
-            let r = engine.gradient(&self.w, &refusals, &mut self.gradient)?;
-            self.along
-                .add_scaled(factor(-settings.alpha / r.norm), &self.gradient);
-            normalize(&mut self.along);
-
-            let guard =
-                self.guard
-                    .gradient(engine, &self.w, step, settings.batch, &mut self.gradient)?;
-            let mut move_by = self.along.clone();
-            if let Some(Gradient { norm, .. }) = guard {
-                let conflict = move_by.dot(&self.gradient) / norm;
-                if conflict > 0.0 {
-                    move_by.add_scaled(factor(-conflict / norm), &self.gradient);
-                    normalize(&mut move_by);
-                }
-                move_by.add_scaled(factor(-settings.guard_share / norm), &self.gradient);
-            }
-            self.advance(&move_by, length);
-            drop(move_by);
-
-            record.h = Some(h.loss);
-            record.grad_h = Some(h.norm);
-            record.r = Some(r.loss);
-            record.g = guard.map(|found| found.loss);
-            self.record(engine, record)?;
-        }
-        Ok(())
-    }
-
-    /// Steps that descend the guard, without what opposes the last contrast.
-    fn repair(&mut self, engine: &mut Engine<'_, '_>) -> Result<(), OptimizeError> {
-        let settings = self.settings;
-        let contrasts = self
-            .steps
-            .iter()
-            .filter(|step| step.phase == Phase::Contrast)
-            .count();
-        let first = settings.repair_length * settings.step_length * self.w0.norm();
-        while self.steps.len() < contrasts + settings.repair_steps {
-            let step = self.steps.len();
-            engine.step = step;
-            let mut record = StepRecord::new(step, Phase::Repair);
-            let Some(guard) =
-                self.guard
-                    .gradient(engine, &self.w, step, settings.batch, &mut self.gradient)?
-            else {
-                return Ok(());
-            };
-            let mut move_by = self.gradient.clone();
-            move_by.scale(factor(-1.0 / guard.norm));
-            let opposed = move_by.dot(&self.along);
-            if opposed < 0.0 {
-                move_by.add_scaled(factor(-opposed), &self.along);
-            }
-            #[expect(clippy::cast_precision_loss, reason = "a handful of steps")]
-            let done = (step - contrasts) as f64 / settings.repair_steps as f64;
-            self.advance(&move_by, first * (1.0 - 0.75 * done));
-            record.g = Some(guard.loss);
-            self.record(engine, record)?;
-        }
-        Ok(())
-    }
-
-    /// Moves delta by `length` times `direction`, back onto the ball where it leaves it.
-    fn advance(&mut self, direction: &TargetTensors, length: f64) {
-        self.delta.add_scaled(factor(length), direction);
-        if let Radius::Fixed(rho) = self.settings.rho {
-            let norm = self.delta.norm();
-            if norm > rho {
-                self.delta.scale(factor(rho / norm));
-            }
-        }
-        self.w.copy_from(self.w0);
-        self.w.add_scaled(1.0, &self.delta);
-    }
-
-    /// Completes `record` with what holds after the step, and tells of it.
-    fn record(
-        &mut self,
-        engine: &mut Engine<'_, '_>,
-        mut record: StepRecord,
-    ) -> Result<(), OptimizeError> {
-        record.norm = self.delta.norm();
-        if record.phase == Phase::Contrast {
-            record.refusing = Some(self.held_back.measure(engine, &self.w)?.refusing);
-        }
-        engine.observer.step(&record);
-        self.steps.push(record);
-        engine.observer.state(&|| State {
-            steps: self.steps.clone(),
-            tensors: vec![
-                ("delta".to_owned(), self.delta.clone()),
-                ("along".to_owned(), self.along.clone()),
-            ],
-        });
-        Ok(())
-    }
-
-    fn aim_reached(&self) -> bool {
-        let last = self.steps.iter().rev().find_map(|step| step.refusing);
-        last.is_some_and(|refusing| refusing >= self.settings.aim)
-            || self
-                .steps
-                .last()
-                .is_some_and(|step| step.phase == Phase::Repair)
-    }
-
-    fn resume(&mut self, mut state: State) -> Result<(), OptimizeError> {
-        let shape: Vec<usize> = self.delta.iter().map(<[f32]>::len).collect();
-        [self.delta, self.along] = state.take(["delta", "along"], &shape)?;
-        self.steps = state.steps;
-        self.w.add_scaled(1.0, &self.delta);
-        Ok(())
-    }
-}
-
-fn normalize(x: &mut TargetTensors) {
-    x.scale(factor(1.0 / x.norm()));
 }

@@ -118,6 +118,12 @@ impl<'r> Batch<'r> {
         Self::new(set, rows, (0..rows.len()).collect())
     }
 
+    /// How many rows it has.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.places.len()
+    }
+
     /// The rows in order, cut into packs.
     fn packs(&self) -> Vec<Pack> {
         let mut packs = Vec::new();
@@ -175,11 +181,24 @@ impl<'e, 'c> Engine<'e, 'c> {
         batch: &Batch<'_>,
         gradient: &mut TargetTensors,
     ) -> Result<Gradient, OptimizeError> {
+        let found = self.capped_gradient(values, batch, f64::INFINITY, gradient)?;
+        self.with_direction(batch, found)
+    }
+
+    /// Mean loss, and in `gradient` that of its mean under a cap for each token. The gradient is finite, and zero where every
+    /// token is above the cap.
+    pub(super) fn capped_gradient(
+        &mut self,
+        values: &TargetTensors,
+        batch: &Batch<'_>,
+        cap: f64,
+        gradient: &mut TargetTensors,
+    ) -> Result<Gradient, OptimizeError> {
         gradient.clear();
         let mut count = 0;
         let loss = self.over_packs(batch, |decoder, _, pack| {
             count += pack.predictions.len();
-            decoder.loss_and_gradient(values, pack, gradient)
+            decoder.capped_loss_and_gradient(values, pack, cap, gradient)
         })?;
         self.finish(batch, loss, count, gradient)
     }
@@ -252,10 +271,11 @@ impl<'e, 'c> Engine<'e, 'c> {
             count += pack.predictions.len();
             decoder.divergence_and_gradient(values, pack, &reference[index], gradient)
         })?;
-        self.finish(batch, loss, count, gradient)
+        let found = self.finish(batch, loss, count, gradient)?;
+        self.with_direction(batch, found)
     }
 
-    /// Turns a gradient of a sum over `count` tokens into the mean's, and checks it.
+    /// Turns a gradient of a sum over `count` tokens into the mean's, and checks that it is finite.
     fn finish(
         &self,
         batch: &Batch<'_>,
@@ -265,15 +285,33 @@ impl<'e, 'c> Engine<'e, 'c> {
     ) -> Result<Gradient, OptimizeError> {
         gradient.scale(reciprocal(count));
         let norm = gradient.norm();
-        if norm == 0.0 || !norm.is_finite() {
-            return Err(OptimizeError::Gradient {
-                set: batch.set,
-                rows: batch.places.clone(),
-                step: self.step,
-                norm,
-            });
+        if norm.is_finite() {
+            Ok(Gradient { loss, norm })
+        } else {
+            Err(self.no_direction(batch, norm))
         }
-        Ok(Gradient { loss, norm })
+    }
+
+    /// Refuses a gradient of zero.
+    fn with_direction(
+        &self,
+        batch: &Batch<'_>,
+        found: Gradient,
+    ) -> Result<Gradient, OptimizeError> {
+        if found.norm > 0.0 {
+            Ok(found)
+        } else {
+            Err(self.no_direction(batch, found.norm))
+        }
+    }
+
+    fn no_direction(&self, batch: &Batch<'_>, norm: f64) -> OptimizeError {
+        OptimizeError::Gradient {
+            set: batch.set,
+            rows: batch.places.clone(),
+            step: self.step,
+            norm,
+        }
     }
 
     /// Sums `work` over the batch's packs and returns the mean, which is finite.

@@ -34,12 +34,18 @@ pub struct StepRecord {
     /// Refusal loss r(w) on the step's batch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub r: Option<f64>,
+    /// Mean KL divergence from w0 on the step's batch of benign rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
     /// Norm of the gradient of h.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grad_h: Option<f64>,
     /// The factor that clipping applied to the update.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
+    /// Length of the step before it was put back onto the ball.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub length: Option<f64>,
     /// Norm of w - w0 after the step.
     pub norm: f64,
     /// Share of held-back requests whose refusal is likelier than the opening, after the step.
@@ -57,8 +63,10 @@ impl StepRecord {
             h: None,
             h_eps: None,
             r: None,
+            kl: None,
             grad_h: None,
             clip: None,
+            length: None,
             norm: 0.0,
             refusing: None,
         }

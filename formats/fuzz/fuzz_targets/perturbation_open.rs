@@ -1,0 +1,22 @@
+//! Any bytes are a perturbation or an error; of a perturbation, the record survives being written and every value is finite.
+
+#![no_main]
+
+use std::path::Path;
+
+use libfuzzer_sys::fuzz_target;
+use panacea_formats::Perturbation;
+use panacea_formats::json::{canonical, parse_strict};
+
+fuzz_target!(|bytes: &[u8]| {
+    let Ok(perturbation) = Perturbation::from_bytes(Path::new("fuzz"), bytes.to_vec()) else {
+        return;
+    };
+    let text = perturbation.record().to_json();
+    assert_eq!(parse_strict(&text).map(|value| canonical(&value)), Ok(text));
+    for delta in perturbation.deltas() {
+        assert_eq!(delta.first_not_finite(), None);
+        let mut values = vec![0.0; delta.elements()];
+        assert!(delta.read_into(0..values.len(), &mut values).is_ok());
+    }
+});

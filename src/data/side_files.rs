@@ -1,0 +1,191 @@
+//! What a checkpoint's side files say about text: special tokens, the end of a sequence, the chat template.
+//!
+//! In: paths. Out: typed answers, in transformers' order of precedence. Files that are not there say nothing; files that are there and
+//! make no sense are refused.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use super::chat::{ChatError, ChatTemplate};
+use super::encode::EncodeError;
+
+/// Where a checkpoint keeps what is needed to turn text into tokens. All but the tokenizer may be missing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenizerFiles {
+    /// `tokenizer.json`.
+    pub tokenizer: PathBuf,
+    /// `tokenizer_config.json`: special tokens, and in most checkpoints the chat template.
+    pub tokenizer_config: Option<PathBuf>,
+    /// `special_tokens_map.json`: special tokens, in older checkpoints.
+    pub special_tokens_map: Option<PathBuf>,
+    /// `chat_template.jinja`: goes before the one in `tokenizer_config.json`.
+    pub chat_template: Option<PathBuf>,
+    /// `generation_config.json`: the end-of-sequence id, where no special token says it.
+    pub generation_config: Option<PathBuf>,
+    /// `config.json`: likewise.
+    pub config: Option<PathBuf>,
+}
+
+impl TokenizerFiles {
+    /// Asks `side_file` for each file by its name.
+    ///
+    /// # Errors
+    /// [`EncodeError::NoTokenizer`] when there is no `tokenizer.json`.
+    pub fn find(side_file: impl Fn(&str) -> Option<PathBuf>) -> Result<Self, EncodeError> {
+        Ok(Self {
+            tokenizer: side_file("tokenizer.json").ok_or(EncodeError::NoTokenizer)?,
+            tokenizer_config: side_file("tokenizer_config.json"),
+            special_tokens_map: side_file("special_tokens_map.json"),
+            chat_template: side_file("chat_template.jinja"),
+            generation_config: side_file("generation_config.json"),
+            config: side_file("config.json"),
+        })
+    }
+
+    /// Looks for each file in `directory`.
+    ///
+    /// # Errors
+    /// [`EncodeError::NoTokenizer`] when there is no `tokenizer.json`.
+    pub fn in_directory(directory: &Path) -> Result<Self, EncodeError> {
+        Self::find(|name| Some(directory.join(name)).filter(|path| path.is_file()))
+    }
+}
+
+/// What the side files say, those that there are.
+pub(super) struct SideFiles {
+    tokenizer_config: Option<Value>,
+    special_tokens_map: Option<Value>,
+    generation_config: Option<Value>,
+    config: Option<Value>,
+    chat_template: Option<String>,
+}
+
+impl SideFiles {
+    pub(super) fn read(files: &TokenizerFiles) -> Result<Self, EncodeError> {
+        let chat_template = match &files.chat_template {
+            None => None,
+            Some(path) => {
+                Some(
+                    String::from_utf8(read(path)?).map_err(|source| EncodeError::NotText {
+                        path: path.clone(),
+                        source,
+                    })?,
+                )
+            }
+        };
+        Ok(Self {
+            tokenizer_config: object(files.tokenizer_config.as_deref())?,
+            special_tokens_map: object(files.special_tokens_map.as_deref())?,
+            generation_config: object(files.generation_config.as_deref())?,
+            config: object(files.config.as_deref())?,
+            chat_template,
+        })
+    }
+
+    /// The text of a special token, which stands there as a string or as an object with its `content`.
+    fn special_token(&self, name: &str) -> Option<&str> {
+        [&self.tokenizer_config, &self.special_tokens_map]
+            .into_iter()
+            .flatten()
+            .find_map(|config| {
+                let token = config.get(name)?;
+                token.as_str().or_else(|| token.get("content")?.as_str())
+            })
+    }
+
+    /// From `chat_template.jinja`, else from `tokenizer_config.json`: a string, or a list of named templates of which the one called
+    /// `default` is meant.
+    pub(super) fn chat_template(&self) -> Result<Option<Box<ChatTemplate>>, ChatError> {
+        let in_config = || {
+            let template = self.tokenizer_config.as_ref()?.get("chat_template")?;
+            let named_default = |templates: &Value| {
+                let default = templates.as_array()?.iter().find(|template| {
+                    template.get("name").and_then(Value::as_str) == Some("default")
+                })?;
+                Some(default.get("template")?.as_str()?.to_owned())
+            };
+            template
+                .as_str()
+                .map(str::to_owned)
+                .or_else(|| named_default(template))
+        };
+        let Some(source) = self.chat_template.clone().or_else(in_config) else {
+            return Ok(None);
+        };
+        let special_tokens = SPECIAL_TOKENS.into_iter().filter_map(|name| {
+            let text = self.special_token(name)?;
+            Some((name.to_owned(), text.to_owned()))
+        });
+        ChatTemplate::compile(&source, special_tokens).map(|template| Some(Box::new(template)))
+    }
+}
+
+/// The end-of-sequence token: its id, and its text, which is empty if the tokenizer does not know it.
+#[derive(Clone, Debug)]
+pub(super) struct Eos {
+    pub(super) id: u32,
+    pub(super) text: String,
+}
+
+impl Eos {
+    /// The special token first, as transformers has it; then the ids, of a list the first.
+    pub(super) fn find(side: &SideFiles, tokenizer: &Tokenizer) -> Result<Self, EncodeError> {
+        if let Some(text) = side.special_token("eos_token")
+            && let Some(id) = tokenizer.token_to_id(text)
+        {
+            return Ok(Self {
+                id,
+                text: text.to_owned(),
+            });
+        }
+        let id = [&side.generation_config, &side.config]
+            .into_iter()
+            .flatten()
+            .find_map(|config| {
+                let value = config.get("eos_token_id")?;
+                let first = value.as_array().map_or(Some(value), |ids| ids.first())?;
+                u32::try_from(first.as_u64()?).ok()
+            })
+            .ok_or(EncodeError::NoEos)?;
+        Ok(Self {
+            id,
+            text: tokenizer.id_to_token(id).unwrap_or_default(),
+        })
+    }
+}
+
+/// The special tokens that transformers hands to a chat template.
+const SPECIAL_TOKENS: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, EncodeError> {
+    fs::read(path).map_err(|source| EncodeError::Io {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn object(path: Option<&Path>) -> Result<Option<Value>, EncodeError> {
+    let Some(path) = path else {
+        return Ok(None);
+    };
+    let wrong = |source| EncodeError::SideFile {
+        path: path.to_owned(),
+        source,
+    };
+    match serde_json::from_slice(&read(path)?) {
+        Ok(value @ Value::Object(_)) => Ok(Some(value)),
+        Ok(_) => Err(wrong(None)),
+        Err(error) => Err(wrong(Some(error))),
+    }
+}

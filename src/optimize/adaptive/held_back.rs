@@ -1,0 +1,126 @@
+//! Requests that no step learns from, to see whether the aim is reached.
+//!
+//! In: weights. Out: the share of these requests whose refusal the model finds likelier than the opening that complies.
+
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+
+use super::super::engine::{Batch, Engine, OptimizeError, Set};
+use crate::model::{EncodedRow, TargetTensors};
+
+/// One of this many harmful rows is held back.
+const ONE_OF: usize = 4;
+
+/// Most rows that are held back: each step's measurement computes them.
+const MOST: usize = 24;
+
+/// Predicted tokens that decide whether an answer refuses: the rest of a refusal follows from them, and its low loss would
+/// hide theirs.
+pub(super) const DECIDING: usize = 3;
+
+/// Requests that no step learns from.
+pub(super) struct HeldBack<'r> {
+    openings: Batch<'r>,
+    refusals: Batch<'r>,
+}
+
+/// What held-back requests say. Losses are means over rows, in nats per token.
+pub(super) struct Measured {
+    /// How many there are.
+    pub(super) rows: f64,
+    /// Share of them whose refusal is likelier than the opening.
+    pub(super) refusing: f64,
+    /// Loss of the openings.
+    pub(super) h: f64,
+    /// Loss of the refusals.
+    pub(super) r: f64,
+}
+
+impl<'r> HeldBack<'r> {
+    /// The places to learn from, in a seeded order, and the rest. A set too small to spare rows is looked at whole.
+    pub(super) fn split(
+        openings: &'r [EncodedRow],
+        refusals: &'r [EncodedRow],
+        seed: u64,
+    ) -> (Vec<usize>, Self) {
+        let mut order: Vec<usize> = (0..openings.len()).collect();
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        let (looked_at, learn) = match (order.len() / ONE_OF).min(MOST) {
+            0 => (order.clone(), order),
+            held => (order[..held].to_vec(), order[held..].to_vec()),
+        };
+        let held_back = Self {
+            openings: Batch::new(Set::Harmful, openings, looked_at.clone()),
+            refusals: Batch::new(Set::Refusals, refusals, looked_at),
+        };
+        (learn, held_back)
+    }
+
+    pub(super) fn measure(
+        &self,
+        engine: &mut Engine<'_, '_>,
+        values: &TargetTensors,
+    ) -> Result<Measured, OptimizeError> {
+        let h = engine.row_losses(values, &self.openings)?;
+        let r = engine.row_losses(values, &self.refusals)?;
+        let refusing = h.iter().zip(&r).filter(|(h, r)| r < h).count();
+        #[expect(clippy::cast_precision_loss, reason = "a handful of rows")]
+        let (n, refusing) = (h.len() as f64, refusing as f64);
+        Ok(Measured {
+            rows: n,
+            refusing: refusing / n,
+            h: h.iter().sum::<f64>() / n,
+            r: r.iter().sum::<f64>() / n,
+        })
+    }
+}
+
+/// Each row up to its `tokens`th predicted token.
+pub(super) fn beginnings(rows: &[EncodedRow], tokens: usize) -> Vec<EncodedRow> {
+    let beginning = |row: &EncodedRow| {
+        let predicted = (1..row.tokens.len()).filter(|&i| row.in_loss[i]);
+        let end = predicted
+            .take(tokens)
+            .last()
+            .map_or(row.tokens.len(), |last| last + 1);
+        EncodedRow {
+            tokens: row.tokens[..end].to_vec(),
+            in_loss: row.in_loss[..end].to_vec(),
+        }
+    };
+    rows.iter().map(beginning).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_beginning_ends_after_its_last_predicted_token() {
+        let row = EncodedRow {
+            tokens: vec![1, 2, 3, 4, 5],
+            in_loss: vec![true, false, true, true, true],
+        };
+        assert_eq!(
+            beginnings(std::slice::from_ref(&row), 2)[0].tokens,
+            [1, 2, 3, 4]
+        );
+        assert_eq!(beginnings(std::slice::from_ref(&row), 9)[0], row);
+    }
+
+    #[test]
+    fn rows_are_either_learned_from_or_held_back() {
+        let rows = vec![
+            EncodedRow {
+                tokens: vec![1, 2],
+                in_loss: vec![false, true]
+            };
+            200
+        ];
+        let (learn, held_back) = HeldBack::split(&rows, &rows, 3);
+        assert_eq!((learn.len(), held_back.openings.len()), (176, 24));
+        let (learn, held_back) = HeldBack::split(&rows[..3], &rows[..3], 3);
+        assert_eq!((learn.len(), held_back.openings.len()), (3, 3));
+    }
+}
