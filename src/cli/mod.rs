@@ -32,8 +32,11 @@ pub(crate) fn main() -> ExitCode {
     let exit = match Cli::try_parse() {
         Ok(cli) => run(&cli),
         Err(error) => {
-            let json = std::env::args_os().any(|word| word == "--json");
-            report::command_line(&error, json)
+            let words: Vec<String> = std::env::args_os()
+                .skip(1)
+                .map(|word| word.to_string_lossy().into_owned())
+                .collect();
+            report::command_line(&error, &words)
         }
     };
     ExitCode::from(exit as u8)

@@ -163,14 +163,13 @@ impl State {
 
 /// What people read of a search.
 pub(super) fn describe(found: &Found, table: &mut Table) {
+    let steps = match found.steps.len() {
+        0 => String::new(),
+        steps => format!(", {steps} steps"),
+    };
     table.row(
         "method",
-        format!(
-            "{}, {} steps, seed {}",
-            found.record.method,
-            found.steps.len(),
-            found.record.seed
-        ),
+        format!("{}{steps}, seed {}", found.record.method, found.record.seed),
     );
     table.row(
         "perturbation",
@@ -183,7 +182,10 @@ pub(super) fn describe(found: &Found, table: &mut Table) {
     );
     for source in &found.record.data {
         table.row(
-            format!("{} rows", source.role),
+            match source.role.as_str() {
+                "refusals" => "refusals".to_owned(),
+                role => format!("{role} rows"),
+            },
             format!(
                 "{} of {}",
                 source.rows,
