@@ -23,6 +23,7 @@ use super::error::chain;
 #[command(
     name = "panacea-patch",
     version,
+    propagate_version = true,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     arg_required_else_help = true,
@@ -57,9 +58,12 @@ pub(crate) enum Command {
         /// The shell.
         shell: Shell,
     },
-    /// Print the manual page, in roff.
+    /// Print the manual page, in roff: of the program, or of a subcommand.
     #[command(hide = true)]
-    Man,
+    Man {
+        /// The subcommand.
+        subcommand: Option<String>,
+    },
 }
 
 /// The whole job.

@@ -12,7 +12,7 @@ use super::error::{Exit, Failure};
 use super::find::{self, Found};
 use super::interrupt;
 use super::output::{default_perturbation, files_json};
-use super::report::{Report, Reporter, Saver, Table, bytes, number};
+use super::report::{Report, Reporter, Saver, Table, bytes, number, percent};
 use super::settings::Search;
 
 pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failure> {
@@ -197,7 +197,12 @@ pub(super) fn describe(found: &Found, table: &mut Table) {
         table.row("radii tried", found.radii.len().to_string());
     }
     for (name, value) in &found.results {
-        table.row(name.replace('_', " "), number(*value));
+        let value = match *name {
+            name if name.starts_with("refusing") => percent(*value),
+            "held_back" => format!("{value} requests"),
+            _ => number(*value),
+        };
+        table.row(name.replace('_', " "), value);
     }
 }
 

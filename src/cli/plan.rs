@@ -62,8 +62,10 @@ impl Plan {
             }
         }
         for source in prepared.data() {
-            plan.reads
-                .push((format!("{} rows of {}", source.rows, source.name), 0));
+            plan.reads.push((
+                format!("{} {} rows of {}", source.rows, source.role, source.name),
+                0,
+            ));
         }
         Ok(plan)
     }

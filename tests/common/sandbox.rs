@@ -1,5 +1,6 @@
 //! A directory with a checkpoint, data and keys, in which the program is run.
 
+#![expect(dead_code, reason = "each test file uses a part")]
 #![expect(
     unreachable_pub,
     reason = "a module of several test files, not an interface"
