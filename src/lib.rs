@@ -5,3 +5,4 @@ pub mod data;
 pub mod manifest;
 pub mod model;
 pub mod optimize;
+pub mod resume;
