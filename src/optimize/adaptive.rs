@@ -1,6 +1,8 @@
 //! The default method: a few normalized steps inside a ball, under the constraints that a user cares about.
 //!
-//!     max over |delta| <= rho of  min(h, cap) - alpha r    while g and kl hardly move
+//! ```text
+//! max over |delta| <= rho of  min(h, cap) - alpha r    while g and kl hardly move
+//! ```
 //!
 //! A contrast step goes along c = grad h / |grad h| - alpha grad r / |grad r|: away from openings that comply, towards refusals
 //! of the same requests. The cap holds for each token: one that is unlikely enough is left alone, since ascent on h without
