@@ -84,6 +84,19 @@ impl OutputDir {
         })
     }
 
+    /// Whether [`OutputDir::create`] would succeed and `bytes` would fit, as things are now. Writes nothing.
+    ///
+    /// # Errors
+    /// As [`OutputDir::create`] and [`OutputDir::require_space`].
+    pub fn check(
+        target: &Path,
+        overwrite: Overwrite,
+        inputs: &[&Path],
+        bytes: u64,
+    ) -> Result<(), OutputError> {
+        Target::resolve(target, overwrite, inputs, Kind::Directory)?.check(bytes)
+    }
+
     /// The directory as it grows. Files that others write here are committed too, but not flushed.
     pub fn partial_path(&self) -> &Path {
         &self.partial.path
@@ -190,6 +203,19 @@ impl OutputFile {
             file,
             written: None,
         })
+    }
+
+    /// Whether [`OutputFile::create`] would succeed and `bytes` would fit, as things are now. Writes nothing.
+    ///
+    /// # Errors
+    /// As [`OutputFile::create`] and [`OutputFile::require_space`].
+    pub fn check(
+        target: &Path,
+        overwrite: Overwrite,
+        inputs: &[&Path],
+        bytes: u64,
+    ) -> Result<(), OutputError> {
+        Target::resolve(target, overwrite, inputs, Kind::File)?.check(bytes)
     }
 
     /// The file that will be.
@@ -421,6 +447,14 @@ impl Target {
             }
             _ => self.refused(error),
         }
+    }
+
+    /// Whether the parent can be written to and has room for `bytes`.
+    fn check(&self, bytes: u64) -> Result<(), OutputError> {
+        use rustix::fs::Access;
+        rustix::fs::access(&self.parent, Access::WRITE_OK | Access::EXEC_OK)
+            .map_err(|error| self.refused(io::Error::from(error)))?;
+        self.require_space(bytes)
     }
 
     fn require_space(&self, bytes: u64) -> Result<(), OutputError> {

@@ -1,7 +1,9 @@
 //! One decoder block: forward, and the backward derived from it by hand.
 //!
-//!     x2  = x  + o_proj(attention(rope(qkv_proj(norm(x)))))
-//!     out = x2 + down_proj(swiglu(gate_up_proj(norm(x2))))
+//! ```text
+//! x2  = x  + o_proj(attention(rope(qkv_proj(norm(x)))))
+//! out = x2 + down_proj(swiglu(gate_up_proj(norm(x2))))
+//! ```
 //!
 //! All activations are tokens x width, row-major, f32. The forward keeps what the backward reads and nothing else; the
 //! normalized inputs and the SwiGLU output are made again, since that costs no matrix product.

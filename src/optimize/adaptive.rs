@@ -1,13 +1,16 @@
 //! The default method: a few normalized steps inside a ball, under the constraints that a user cares about.
 //!
-//!     max over |delta| <= rho of  min(h, cap) - alpha r    while g and kl hardly move
+//! ```text
+//! max over |delta| <= rho of  min(h, cap) - alpha r    while g and kl hardly move
+//! ```
 //!
 //! A contrast step goes along c = grad h / |grad h| - alpha grad r / |grad r|: away from openings that comply, towards refusals
 //! of the same requests. The cap holds for each token: one that is unlikely enough is left alone, since ascent on h without
-//! an end turns into nonsense, while the first word of an opening may still need a push. What in c would raise a guard (the task loss, the divergence on benign text) is projected out, and a share of the guard's own
-//! descent is added. Steps have a fixed length in the Euclidean geometry: Adam would spread the same length over all
-//! elements, where the useful direction has few. When enough held-back requests would rather be refused, or the steps are
-//! used up, repair steps descend the guards without what opposes the contrast; if they undo the aim, it goes on.
+//! an end turns into nonsense, while the first word of an opening may still need a push. What in c would raise a guard (the
+//! task loss, the divergence on benign text) is projected out, and a share of the guard's own descent is added. Steps have a
+//! fixed length in the Euclidean geometry: Adam would spread the same length over all elements, where the useful direction
+//! has few. When enough held-back requests would rather be refused, or the steps are used up, repair steps descend the guards
+//! without what opposes the contrast; if they undo the aim, the contrast goes on.
 
 mod guard;
 mod held_back;

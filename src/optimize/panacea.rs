@@ -1,11 +1,13 @@
 //! The paper's method, faithful to its equations, on a finished checkpoint.
 //!
-//!     for t in 0..T:
-//!         eps = rho grad h(w) / |grad h(w)|
-//!         d   = grad g(w) - lambda (grad h(w + eps) - grad h(w))
-//!         w   = AdamW(w, clip(d, 1), eta)
-//!     eps   = rho grad H(w_T) / |grad H(w_T)|       H: the whole harmful set
-//!     delta = (w_T - w0) + eps
+//! ```text
+//! for t in 0..T:
+//!     eps = rho grad h(w) / |grad h(w)|
+//!     d   = grad g(w) - lambda (grad h(w + eps) - grad h(w))
+//!     w   = AdamW(w, clip(d, 1), eta)
+//! eps   = rho grad H(w_T) / |grad H(w_T)|       H: the whole harmful set
+//! delta = (w_T - w0) + eps
+//! ```
 //!
 //! The harmful loss is never clamped, as the reference code does at 5: above the clamp its gradient vanishes, so the
 //! regularizer would change sign exactly when the perturbation has succeeded. w + eps is a buffer of its own: nothing is

@@ -1,0 +1,127 @@
+//! `apply`: a checkpoint and a perturbation file in, a patched checkpoint out.
+
+use std::path::Path;
+
+use panacea_formats::{Checkpoint, Perturbation, Sha256, check_base};
+use panacea_patch::apply::{ApplySettings, Wanted};
+use panacea_patch::manifest::{Dependency, Role};
+use serde_json::{Value, json};
+
+use super::args::{ApplyArgs, RoundingName};
+use super::error::Failure;
+use super::find::{self, digests};
+use super::interrupt;
+use super::output::{Origin, Output, byproduct, checkpoint_dependencies};
+use super::plan::Plan;
+use super::report::{Report, Reporter, Table};
+use super::settings;
+
+pub(super) fn run(args: &ApplyArgs, reporter: &Reporter) -> Result<(), Failure> {
+    if args.seed.is_some() && args.addition.rounding != Some(RoundingName::Stochastic) {
+        return Err(
+            Failure::usage("`--seed` has no effect without `--rounding stochastic`")
+                .because("nothing else in `apply` is random")
+                .hint("pass `--rounding stochastic`, or leave out `--seed`"),
+        );
+    }
+    let settings = settings::addition(&args.addition, args.seed.unwrap_or(0));
+    interrupt::listen()?;
+    let checkpoint = find::open(&args.model, reporter)?;
+    let output = Output::plan(
+        &checkpoint,
+        args.output.as_deref(),
+        &args.writing,
+        &[&args.perturbation],
+    )?;
+    from_file(
+        "apply",
+        &checkpoint,
+        &args.perturbation,
+        settings,
+        output,
+        args.writing.dry_run,
+        reporter,
+    )
+}
+
+/// Adds the perturbation in `file`, for `apply` and for the whole job with `--perturbation`.
+pub(super) fn from_file(
+    command: &'static str,
+    checkpoint: &Checkpoint,
+    file: &Path,
+    settings: ApplySettings,
+    output: Output,
+    dry_run: bool,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
+    let perturbation = Perturbation::open(file)?;
+    reporter.stage(format!(
+        "read {}: {} tensors by method {}",
+        file.display(),
+        perturbation.deltas().len(),
+        panacea_formats::shown(&perturbation.record().method)
+    ));
+    let digest = perturbation.file().digest();
+    if dry_run {
+        check_base(&perturbation.record().base, checkpoint)
+            .map_err(|problems| Failure::of_base(&problems))?;
+        return Plan::of_addition(checkpoint, &perturbation, &output)?.print(command, reporter);
+    }
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    let mut dependencies = checkpoint_dependencies(&digests(checkpoint, &[])?);
+    dependencies.push(Dependency {
+        role: Role::Perturbation,
+        name: name.clone().into_owned(),
+        uri: None,
+        digest,
+    });
+    let origin = Origin {
+        parameters: settings::addition_parameters(settings),
+        dependencies,
+        byproducts: vec![byproduct("perturbation", record_json(&perturbation))],
+    };
+    let wanted = Wanted::from(&perturbation);
+    let written = output.write(checkpoint, &wanted, settings, origin, reporter)?;
+
+    let mut table = Table::new();
+    table.heading(format!(
+        "patched {} -> {}",
+        checkpoint.path().display(),
+        written.target.display()
+    ));
+    table.row(
+        "perturbation",
+        format!("{}, sha256 {digest}", file.display()),
+    );
+    written.describe(&mut table);
+    let report = Report {
+        output: Some(written.target.display().to_string()),
+        perturbation: Some(described(&perturbation, &name, digest)),
+        realized: Some(json!(written.realized)),
+        files: Some(written.files_json()),
+        ..Report::of(command)
+    };
+    reporter.result(report, &table)
+}
+
+/// What a manifest tells of the perturbation that was applied: how it was made.
+fn record_json(perturbation: &Perturbation) -> Value {
+    let record = perturbation.record();
+    json!({
+        "method": record.method,
+        "parameters": record.parameters,
+        "seed": record.seed,
+        "data": record.data,
+        "tool": record.tool,
+    })
+}
+
+fn described(perturbation: &Perturbation, name: &str, digest: Sha256) -> Value {
+    let mut described = record_json(perturbation);
+    described["file"] = json!(name);
+    described["sha256"] = json!(digest);
+    described["tensors"] = json!(perturbation.deltas().len());
+    let elements: usize = perturbation.deltas().map(|delta| delta.elements()).sum();
+    described["elements"] = json!(elements);
+    described
+}

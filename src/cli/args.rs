@@ -1,0 +1,593 @@
+//! The command line as it was given: flags, their help, and nothing resolved.
+//!
+//! No flag has a default here, so that [`super::settings`] can tell what was given from what was not: a flag that the chosen
+//! method would pass over is refused rather than ignored. Parsers refuse values that no setting could make sense of.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use panacea_patch::apply::Strength;
+use panacea_patch::data::{DataPath, TemplateChoice};
+use panacea_patch::model::TargetSelection;
+
+use super::error::chain;
+
+/// Restores the safety of a fine-tuned language model with a small optimized perturbation of its weights.
+///
+/// Given a model and no subcommand, it does the whole job: it finds a perturbation (or loads one), writes a patched copy of the
+/// checkpoint with a manifest that says how it was made, and signs it when asked to. The model itself is never changed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "panacea-patch",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    arg_required_else_help = true,
+    max_term_width = 110,
+    after_help = "See `--help` for examples and exit codes.",
+    after_long_help = EPILOG
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) patch: PatchArgs,
+}
+
+/// The stages, each by itself.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Find a perturbation and write it to a file of its own.
+    Optimize(Box<OptimizeArgs>),
+    /// Add a perturbation from a file to the checkpoint that it was made for.
+    Apply(ApplyArgs),
+    /// Check files against their signature, or, without a key, against their manifest.
+    Verify(VerifyArgs),
+    /// Tell what a checkpoint, perturbation, manifest or signature holds.
+    Inspect(InspectArgs),
+    /// Make a pair of keys to sign and verify with.
+    Keygen(KeygenArgs),
+    /// Sign something that is already written.
+    Sign(SignArgs),
+    /// Print the completions of a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Print the manual page, in roff.
+    #[command(hide = true)]
+    Man,
+}
+
+/// The whole job.
+#[derive(Args, Debug)]
+pub(crate) struct PatchArgs {
+    /// The fine-tuned checkpoint: a Hugging Face directory, or one `.safetensors` file.
+    ///
+    /// `config.json` and the tokenizer of a lone file are looked for beside it. A path that has the name of a subcommand can be
+    /// given as `./optimize`.
+    #[arg(value_name = "MODEL", required = true)]
+    pub(crate) model: Option<PathBuf>,
+
+    /// Where to write the patched checkpoint.
+    ///
+    /// Default: `<dir>-panacea` beside a directory, `<stem>.panacea.safetensors` beside a file.
+    #[arg(short, long, value_name = "PATH", help_heading = OUTPUT)]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Add this perturbation instead of finding one.
+    #[arg(long, value_name = "FILE", help_heading = OUTPUT)]
+    pub(crate) perturbation: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) addition: AdditionArgs,
+    #[command(flatten)]
+    pub(crate) writing: WritingArgs,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    #[command(flatten)]
+    pub(crate) method: MethodArgs,
+    #[command(flatten)]
+    pub(crate) work: WorkArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Find a perturbation and write it to a file of its own.
+///
+/// The file is bound to the checkpoint by the digest of every tensor that it perturbs.
+#[derive(Args, Debug)]
+pub(crate) struct OptimizeArgs {
+    /// The fine-tuned checkpoint: a Hugging Face directory, or one `.safetensors` file.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: PathBuf,
+
+    /// Where to write the perturbation [default: `<stem>.perturbation.safetensors` beside the model].
+    #[arg(short, long, value_name = "FILE", help_heading = OUTPUT)]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Replace what is at the output's path.
+    #[arg(long, help_heading = OUTPUT)]
+    pub(crate) force: bool,
+
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    #[command(flatten)]
+    pub(crate) method: MethodArgs,
+    #[command(flatten)]
+    pub(crate) work: WorkArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Add a perturbation from a file to the checkpoint that it was made for.
+///
+/// A checkpoint whose tensors are not those that the perturbation was made for is refused.
+#[derive(Args, Debug)]
+pub(crate) struct ApplyArgs {
+    /// The checkpoint that the perturbation was made for.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: PathBuf,
+
+    /// The perturbation.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) perturbation: PathBuf,
+
+    /// Where to write the patched checkpoint [default: as without a subcommand].
+    #[arg(short, long, value_name = "PATH", help_heading = OUTPUT)]
+    pub(crate) output: Option<PathBuf>,
+
+    /// Seed of `--rounding stochastic` [default: 0].
+    #[arg(long, value_name = "N", help_heading = OUTPUT)]
+    pub(crate) seed: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) addition: AdditionArgs,
+    #[command(flatten)]
+    pub(crate) writing: WritingArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Check files against their signature, or, without a key, against their manifest.
+///
+/// With a key: whether exactly these files were signed with it. That proves where they come from, not that the model is safe.
+/// Without: whether they are as the manifest beside them says, which finds damage and no deceit.
+#[derive(Args, Debug)]
+pub(crate) struct VerifyArgs {
+    /// A directory, or one file.
+    #[arg(value_name = "PATH")]
+    pub(crate) path: PathBuf,
+
+    /// The public key that is trusted, as PEM.
+    #[arg(long, value_name = "PUB.pem")]
+    pub(crate) key: Option<PathBuf>,
+
+    /// The signature [default: `model.sig` in a directory, `<file>.sig` beside a file].
+    #[arg(long, value_name = "FILE", requires = "key")]
+    pub(crate) signature: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Tell what a checkpoint, perturbation, manifest or signature holds.
+///
+/// Nothing is verified. Of a perturbation, the table gives for each block and each projection its share of the energy,
+/// |eps_l|^2 / |eps|^2, which is the paper's safety affinity.
+#[derive(Args, Debug)]
+pub(crate) struct InspectArgs {
+    /// A checkpoint directory, a `.safetensors` file, a manifest (`.json`) or a signature (`.sig`).
+    #[arg(value_name = "PATH")]
+    pub(crate) path: PathBuf,
+
+    /// Which matrices count as targets.
+    #[arg(long, value_name = "NAMES|REGEX", value_parser = explained::<TargetSelection>)]
+    pub(crate) targets: Option<TargetSelection>,
+
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Make a pair of keys to sign and verify with.
+///
+/// Writes `<NAME>.pem`, readable by its owner alone and not encrypted, and `<NAME>.pub.pem`, to be given to those who verify.
+#[derive(Args, Debug)]
+pub(crate) struct KeygenArgs {
+    /// The files' path without `.pem`.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: PathBuf,
+
+    /// The elliptic curve [default: p256].
+    #[arg(long, value_name = "CURVE")]
+    pub(crate) curve: Option<CurveName>,
+
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Sign something that is already written.
+///
+/// Writes `model.sig` into a directory, or `<file>.sig` beside a file. `model_signing verify key` accepts it too.
+#[derive(Args, Debug)]
+pub(crate) struct SignArgs {
+    /// A directory, or one file.
+    #[arg(value_name = "PATH")]
+    pub(crate) path: PathBuf,
+
+    /// The private key, as PEM.
+    #[arg(long, value_name = "KEY.pem")]
+    pub(crate) key: PathBuf,
+
+    /// Replace a signature that is there.
+    #[arg(long)]
+    pub(crate) force: bool,
+
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Where rows come from, and how they become tokens.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Data")]
+pub(crate) struct DataArgs {
+    /// Requests with compliant answers, or with just their openings [default: built-in].
+    ///
+    /// A JSON array, or JSON lines. `FILE#field=value` takes only the rows whose field has the value.
+    #[arg(long, value_name = "FILE[#field=value]", value_parser = explained::<DataPath>)]
+    pub(crate) harmful: Option<DataPath>,
+
+    /// Rows of the data that the model was fine-tuned on, whose loss is to stay as it is [default: none].
+    #[arg(long, value_name = "FILE[#field=value]", value_parser = explained::<DataPath>)]
+    pub(crate) task: Option<DataPath>,
+
+    /// Harmless requests with answers, on which the model is to go on saying what it says [default: built-in].
+    #[arg(long, value_name = "FILE[#field=value]", value_parser = explained::<DataPath>)]
+    pub(crate) benign: Option<DataPath>,
+
+    /// Refusals, of the same requests or of any [default: those of the harmful set, or built-in].
+    #[arg(long, value_name = "FILE[#field=value]", value_parser = explained::<DataPath>)]
+    pub(crate) refusals: Option<DataPath>,
+
+    /// How a row becomes text: `auto`, `alpaca`, `chat` or `raw` [default: auto].
+    ///
+    /// `auto` is the checkpoint's own chat template if it has one, else Alpaca's prompt.
+    #[arg(long, value_name = "TEMPLATE", value_parser = explained::<TemplateChoice>)]
+    pub(crate) template: Option<TemplateChoice>,
+
+    /// Tokens that a row is cut to [default: 256].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    pub(crate) max_length: Option<u32>,
+}
+
+/// How a perturbation is found.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Method")]
+pub(crate) struct MethodArgs {
+    /// How the perturbation is found [default: adaptive].
+    #[arg(long, value_name = "METHOD")]
+    pub(crate) method: Option<MethodName>,
+
+    /// The perturbation's norm over all targets, in the weights' unit, or `auto`.
+    ///
+    /// `auto` is the largest that keeps to `--kl-budget` and `--task-budget`. Default: auto; with `--method panacea` 1, the
+    /// paper's value, which was chosen for LoRA matrices and means something else for full weights.
+    #[arg(long, value_name = "NUMBER|auto", value_parser = rho)]
+    pub(crate) rho: Option<RhoArg>,
+
+    /// Regularizer intensity [panacea; default: 0.001].
+    #[arg(long, value_name = "NUMBER", value_parser = not_negative, allow_negative_numbers = true)]
+    pub(crate) lambda: Option<f64>,
+
+    /// Learning rate [panacea; default: 0.00002].
+    #[arg(long, value_name = "NUMBER", value_parser = positive, allow_negative_numbers = true)]
+    pub(crate) lr: Option<f64>,
+
+    /// Steps: of the outer loop [panacea; default: 20 with a task set, else 0], or at most [adaptive].
+    #[arg(long, value_name = "N")]
+    pub(crate) steps: Option<usize>,
+
+    /// Rows of each set in a step [adaptive, panacea].
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub(crate) batch: Option<usize>,
+
+    /// The matrices to perturb: names of modules separated by commas, or a regular expression for whole module paths.
+    ///
+    /// Default: q_proj,k_proj,v_proj, the paper's.
+    #[arg(long, value_name = "NAMES|REGEX", value_parser = explained::<TargetSelection>)]
+    pub(crate) targets: Option<TargetSelection>,
+
+    /// Which gradient the last eps is along: the whole harmful set's, or the last batch's as in the paper's code
+    /// [panacea; default: whole].
+    #[arg(long, value_name = "WHICH")]
+    pub(crate) final_eps: Option<FinalEpsName>,
+
+    /// What the perturbation is: drift and eps, or one of them [panacea; default: sum].
+    #[arg(long, value_name = "PART")]
+    pub(crate) part: Option<PartName>,
+
+    /// Mean KL divergence on benign text that `--rho auto` may cost, in nats per token [default: 0.1].
+    #[arg(long, value_name = "NATS", value_parser = positive, allow_negative_numbers = true)]
+    pub(crate) kl_budget: Option<f64>,
+
+    /// Rise of the task loss that `--rho auto` may cost, in nats per token [default: 0.1].
+    #[arg(long, value_name = "NATS", value_parser = positive, allow_negative_numbers = true)]
+    pub(crate) task_budget: Option<f64>,
+
+    /// Weight of the refusals [adaptive].
+    #[arg(long, value_name = "NUMBER", value_parser = not_negative, allow_negative_numbers = true)]
+    pub(crate) alpha: Option<f64>,
+
+    /// Harmful loss above which a batch no longer pushes away from compliance, in nats per token [adaptive].
+    #[arg(long, value_name = "NATS", value_parser = positive, allow_negative_numbers = true)]
+    pub(crate) cap: Option<f64>,
+
+    /// Length of a step, as a share of the norm of the targets [adaptive].
+    #[arg(long, value_name = "SHARE", value_parser = positive, allow_negative_numbers = true)]
+    pub(crate) step_length: Option<f64>,
+
+    /// Steps after the last, back towards the task or the benign text [adaptive].
+    #[arg(long, value_name = "N")]
+    pub(crate) repair_steps: Option<usize>,
+
+    /// Seed of every random choice [default: 0].
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+}
+
+/// How a perturbation is added.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct AdditionArgs {
+    /// Factor on the perturbation; not negative, since that would weaken safety [default: 1].
+    #[arg(long, value_name = "NUMBER", value_parser = strength, allow_negative_numbers = true)]
+    pub(crate) strength: Option<Strength>,
+
+    /// How sums are rounded to the stored type [default: nearest].
+    ///
+    /// `stochastic` keeps the mean of changes that are smaller than a stored step, at the cost of noise; see `--seed`.
+    #[arg(long, value_name = "HOW")]
+    pub(crate) rounding: Option<RoundingName>,
+}
+
+/// What is written beside the weights, and over what.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct WritingArgs {
+    /// Sign the output with this private key (PEM, ECDSA on P-256 or P-384).
+    #[arg(long, value_name = "KEY.pem")]
+    pub(crate) sign_key: Option<PathBuf>,
+
+    /// Replace what is at the output's path, if it is a checkpoint. Never the input.
+    #[arg(long)]
+    pub(crate) force: bool,
+
+    /// Check everything that can be checked, print what would be read, computed and written, and write nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+/// How long work is done.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Run")]
+pub(crate) struct WorkArgs {
+    /// Compute activations again instead of keeping them: a third more work, one block's memory.
+    #[arg(long)]
+    pub(crate) recompute: bool,
+
+    /// Go on from the state that an interrupted run of the same command left.
+    #[arg(long)]
+    pub(crate) resume: bool,
+
+    /// Save the state every so many steps, beside the output; 0 never does [default: 5].
+    #[arg(long, value_name = "N")]
+    pub(crate) state_every: Option<usize>,
+}
+
+/// What every command knows.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Run")]
+pub(crate) struct RunArgs {
+    /// What computes: `auto` or `cpu`.
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
+    pub(crate) device: Option<Device>,
+
+    /// Threads to compute with [default: one per core]. The output does not depend on it.
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub(crate) threads: Option<usize>,
+
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Say nothing on stderr but errors.
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// A method by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MethodName {
+    /// Several normalized steps under constraints.
+    Adaptive,
+    /// The paper's.
+    Panacea,
+    /// Gaussian noise of the same norm: the control.
+    Random,
+}
+
+/// `--rho`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum RhoArg {
+    /// The largest within a budget.
+    Auto,
+    /// This one; finite and above 0.
+    Fixed(f64),
+}
+
+/// `--final-eps`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FinalEpsName {
+    /// The gradient of the whole harmful set.
+    Whole,
+    /// The last step's, as in the paper's code.
+    LastBatch,
+}
+
+/// `--part`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PartName {
+    /// Drift and eps.
+    Sum,
+    /// eps alone.
+    Eps,
+    /// What the outer steps moved, alone.
+    Drift,
+}
+
+/// `--rounding`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RoundingName {
+    /// To the nearest value, ties to even.
+    Nearest,
+    /// To one of the two neighbors, by chance.
+    Stochastic,
+}
+
+/// `--curve`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CurveName {
+    /// NIST P-256.
+    P256,
+    /// NIST P-384.
+    P384,
+}
+
+/// `--device`: this build has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Device {
+    /// The processor.
+    Cpu,
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    match text {
+        "auto" | "cpu" => Ok(Device::Cpu),
+        _ => Err("this build computes on the cpu; use `auto` or `cpu`".to_owned()),
+    }
+}
+
+fn rho(text: &str) -> Result<RhoArg, String> {
+    match text {
+        "auto" => Ok(RhoArg::Auto),
+        _ => positive(text).map(RhoArg::Fixed),
+    }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
+        _ => Err("a finite number above 0 belongs here".to_owned()),
+    }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number.abs()),
+        _ => Err("a finite number of 0 or above belongs here".to_owned()),
+    }
+}
+
+fn strength(text: &str) -> Result<Strength, String> {
+    let number: f64 = text
+        .parse()
+        .map_err(|_| "a finite number of 0 or above belongs here".to_owned())?;
+    Strength::new(number).map_err(|error| error.to_string())
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err("a whole number of 1 or above belongs here".to_owned()),
+    }
+}
+
+/// Parses with `FromStr`, and says all of its error.
+fn explained<T>(text: &str) -> Result<T, String>
+where
+    T: FromStr,
+    T::Err: Error,
+{
+    text.parse::<T>().map_err(|error| chain(&error))
+}
+
+const OUTPUT: &str = "Output";
+
+const EPILOG: &str = "\
+Examples:
+  panacea-patch ./my-finetune
+      the whole job on built-in probes; writes ./my-finetune-panacea
+  panacea-patch ./my-finetune --harmful h.jsonl --task t.jsonl -o ./safe --sign-key release.pem
+      with your own data, and signed
+  panacea-patch optimize ./my-finetune -o safety.safetensors
+  panacea-patch apply ./my-finetune --perturbation safety.safetensors --strength 0.5
+      the same in two steps, at half strength
+  panacea-patch ./my-finetune --method random --rho 2.5 -o ./control
+      the control: noise of the same norm
+  panacea-patch verify ./safe --key release.pub.pem
+
+Exit codes:
+  0    done
+  1    a check said no: verification failed, or no radius keeps to the budget
+  2    the command line was not understood
+  3    an input was refused
+  4    the machine did not do its part: disk, permission, memory
+  130  interrupted";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_path_named_as_a_subcommand_can_be_given() {
+        let cli = Cli::parse_from(["panacea-patch", "./optimize"]);
+        assert!(cli.command.is_none());
+        assert_eq!(cli.patch.model, Some(PathBuf::from("./optimize")));
+        let cli = Cli::parse_from(["panacea-patch", "optimize", "m"]);
+        assert!(matches!(cli.command, Some(Command::Optimize(_))));
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_usage_errors() {
+        for flags in [
+            ["--strength", "-1"],
+            ["--strength", "nan"],
+            ["--rho", "0"],
+            ["--rho", "inf"],
+            ["--lr", "-1"],
+            ["--batch", "0"],
+            ["--threads", "0"],
+            ["--max-length", "1"],
+            ["--kl-budget", "0"],
+            ["--device", "cuda:0"],
+            ["--targets", "("],
+            ["--template", "jinja"],
+            ["--harmful", "#a=b"],
+        ] {
+            let error = Cli::try_parse_from(["panacea-patch", "m", flags[0], flags[1]])
+                .expect_err(flags[1]);
+            assert_eq!(error.exit_code(), 2, "{flags:?}");
+            assert!(error.to_string().contains(flags[0]), "{error}");
+        }
+    }
+}

@@ -1,0 +1,565 @@
+//! What the user reads when something fails: what, why, what to do; and the exit code.
+//!
+//! In: the typed errors of the stages. Out: a [`Failure`]. The libraries' errors say what was found and where; what to do about it
+//! is added here, because only here the flags are known. A hint never suggests what the user has already done.
+
+use std::error::Error;
+use std::io;
+use std::path::Path;
+
+use panacea_formats::{
+    BaseProblem, CheckpointError, FormatError, FormatErrorKind, OutputError, OutputErrorKind,
+    PerturbationError, PerturbationWriteError, Problems, WriteError,
+};
+use panacea_patch::apply::ApplyError;
+use panacea_patch::data::{DataError, DataErrorKind, EncodeError, RowProblem};
+use panacea_patch::manifest::{
+    FileNameError, KeyError, SignError, StatementError, TreeError, VerifyError,
+};
+use panacea_patch::model::{ConfigError, MODEL_TYPES, WeightsError};
+use panacea_patch::optimize::{OptimizeError, Set};
+use panacea_patch::resume::ResumeError;
+use serde_json::Value;
+
+/// How the program ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// All that was asked for is done.
+    Done = 0,
+    /// A check said no: verification failed, or nothing keeps to the budget.
+    SaidNo = 1,
+    /// The command line was not understood.
+    Usage = 2,
+    /// An input was refused.
+    Refused = 3,
+    /// The machine did not do its part: disk, permission, memory.
+    Environment = 4,
+    /// Stopped from outside, as shells report it.
+    Interrupted = 130,
+}
+
+/// Why the program ends otherwise than done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) exit: Exit,
+    /// What failed.
+    pub(crate) error: String,
+    /// Why.
+    pub(crate) because: Option<String>,
+    /// What to do.
+    pub(crate) hint: Option<String>,
+    /// What was found out all the same, for machines.
+    pub(crate) found: Option<Value>,
+}
+
+impl Failure {
+    pub(crate) fn new(exit: Exit, error: impl Into<String>) -> Self {
+        Self {
+            exit,
+            error: error.into(),
+            because: None,
+            hint: None,
+            found: None,
+        }
+    }
+
+    /// `error` with its sources as the reason.
+    pub(crate) fn of(exit: Exit, error: &dyn Error) -> Self {
+        Self {
+            because: error.source().map(chain),
+            ..Self::new(exit, error.to_string())
+        }
+    }
+
+    /// `what` failed because of `error` and its sources.
+    pub(crate) fn doing(exit: Exit, what: impl Into<String>, error: &dyn Error) -> Self {
+        Self {
+            because: Some(chain(error)),
+            ..Self::new(exit, what)
+        }
+    }
+
+    pub(crate) fn because(mut self, because: impl Into<String>) -> Self {
+        self.because = Some(because.into());
+        self
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    pub(crate) fn found(mut self, found: Value) -> Self {
+        self.found = Some(found);
+        self
+    }
+
+    fn maybe_hint(mut self, hint: Option<impl Into<String>>) -> Self {
+        self.hint = hint.map(Into::into);
+        self
+    }
+
+    /// A command line that contradicts itself.
+    pub(crate) fn usage(error: impl Into<String>) -> Self {
+        Self::new(Exit::Usage, error)
+    }
+
+    /// Work that was stopped.
+    pub(crate) fn interrupted() -> Self {
+        Self::new(Exit::Interrupted, "interrupted")
+    }
+}
+
+/// An error and its sources, from the nearest to the last.
+pub(super) fn chain(error: &dyn Error) -> String {
+    let mut said = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        said.push_str(": ");
+        said.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    said
+}
+
+/// Whether the machine is to blame for `error`, rather than the path that was named.
+fn exit_of(error: &io::Error) -> Exit {
+    match error.kind() {
+        io::ErrorKind::NotFound
+        | io::ErrorKind::NotADirectory
+        | io::ErrorKind::IsADirectory
+        | io::ErrorKind::InvalidData
+        | io::ErrorKind::InvalidFilename
+        | io::ErrorKind::InvalidInput => Exit::Refused,
+        _ => Exit::Environment,
+    }
+}
+
+impl From<FormatError> for Failure {
+    fn from(error: FormatError) -> Self {
+        let exit = match error.is_environment() {
+            true => Exit::Environment,
+            false => Exit::Refused,
+        };
+        Self::of(exit, &error).maybe_hint(format_hint(&error))
+    }
+}
+
+fn format_hint(error: &FormatError) -> Option<String> {
+    let own = match &error.kind {
+        FormatErrorKind::Io(reason) if reason.kind() == io::ErrorKind::NotFound => {
+            return missing_path_hint(&error.path);
+        }
+        FormatErrorKind::Io(reason) if reason.kind() == io::ErrorKind::PermissionDenied => {
+            "ask for permission to read it"
+        }
+        FormatErrorKind::Io(_) => return None,
+        FormatErrorKind::Checkpoint(CheckpointError::NoWeights { .. }) => {
+            "give a directory with `model.safetensors` (or its index and shards), or one `.safetensors` file"
+        }
+        FormatErrorKind::Checkpoint(CheckpointError::OtherFormat { .. }) => {
+            "convert it to safetensors first, for example with transformers' `save_pretrained`"
+        }
+        FormatErrorKind::Checkpoint(_) => {
+            "the download may be incomplete or mixed from two versions; fetch the directory again"
+        }
+        FormatErrorKind::Perturbation(PerturbationError::NoRecord { .. }) => {
+            "give a file that `panacea-patch optimize` wrote"
+        }
+        FormatErrorKind::Perturbation(PerturbationError::Direction { .. }) => {
+            "perturbations that weaken a model are not applied"
+        }
+        FormatErrorKind::Perturbation(PerturbationError::Version { .. }) => {
+            "use the version of panacea-patch that wrote it"
+        }
+        FormatErrorKind::Perturbation(_) => {
+            "the file was altered or damaged; make it again with `panacea-patch optimize`"
+        }
+        FormatErrorKind::Safetensors(_) => {
+            "the file may be incomplete or damaged; compare its size and digest with the source's"
+        }
+        _ => return None,
+    };
+    Some(own.to_owned())
+}
+
+/// A path that does not exist may be a subcommand with a slip in it.
+fn missing_path_hint(path: &Path) -> Option<String> {
+    const COMMANDS: [&str; 8] = [
+        "optimize",
+        "apply",
+        "verify",
+        "inspect",
+        "keygen",
+        "sign",
+        "completions",
+        "man",
+    ];
+    let name = path.to_str()?;
+    match panacea_formats::nearest(name, COMMANDS) {
+        Some(command) => Some(format!(
+            "if a subcommand was meant, it is `panacea-patch {command}`"
+        )),
+        None => Some("check the path".to_owned()),
+    }
+}
+
+impl From<OutputError> for Failure {
+    fn from(error: OutputError) -> Self {
+        let hint = match &error.kind {
+            OutputErrorKind::Exists => Some("pass --force, or choose another --output"),
+            OutputErrorKind::NotReplaced { .. } | OutputErrorKind::OverlapsInput { .. } => {
+                Some("choose another --output")
+            }
+            OutputErrorKind::NoName => Some("name a file or directory with --output"),
+            OutputErrorKind::NoParent { .. } => {
+                Some("make that directory first, or choose another --output")
+            }
+            OutputErrorKind::NotEnoughSpace { .. } => {
+                Some("make room, or choose an --output on another disk")
+            }
+            OutputErrorKind::Io(reason) => match reason.kind() {
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                    Some("choose an --output where you may write")
+                }
+                io::ErrorKind::StorageFull
+                | io::ErrorKind::QuotaExceeded
+                | io::ErrorKind::FileTooLarge => {
+                    Some("make room, or choose an --output on another disk")
+                }
+                _ => None,
+            },
+            _ => None,
+        };
+        let exit = match error.is_environment() {
+            true => Exit::Environment,
+            false => Exit::Refused,
+        };
+        Self::of(exit, &error).maybe_hint(hint)
+    }
+}
+
+impl From<DataError> for Failure {
+    fn from(error: DataError) -> Self {
+        let exit = match &error.kind {
+            DataErrorKind::Io(reason) => exit_of(reason),
+            _ => Exit::Refused,
+        };
+        let hint = match &error.kind {
+            DataErrorKind::Io(reason) if reason.kind() == io::ErrorKind::NotFound => {
+                Some("check the path".to_owned())
+            }
+            DataErrorKind::Io(_) => None,
+            DataErrorKind::OtherFormat(_) => {
+                Some("unpack or convert it to JSON lines first".to_owned())
+            }
+            DataErrorKind::Malformed(_) => {
+                Some("each row is one JSON object, or the file one JSON array of them".to_owned())
+            }
+            DataErrorKind::NoRows { .. } => {
+                Some("give a file with at least one row, or leave the flag out".to_owned())
+            }
+            DataErrorKind::NothingSelected { .. } => {
+                Some("correct what follows `#`, or leave it out to take all rows".to_owned())
+            }
+            DataErrorKind::Rows(problems) => problems
+                .listed
+                .iter()
+                .find_map(|problem| row_hint(&problem.kind)),
+            _ => None,
+        };
+        Self::of(exit, &error).maybe_hint(hint)
+    }
+}
+
+fn row_hint(problem: &RowProblem) -> Option<String> {
+    match problem {
+        RowProblem::MarkedSafe => {
+            Some("add `#is_safe=false` to the path to leave such rows out".to_owned())
+        }
+        RowProblem::NoField { names, found, .. } => {
+            // The fields that are there, as the message lists them.
+            let there = found.split('`').skip(1).step_by(2);
+            let slip = there
+                .filter_map(|field| {
+                    let meant = panacea_formats::nearest(field, names.iter().copied())?;
+                    Some((field, meant))
+                })
+                .next();
+            Some(match slip {
+                Some((field, meant)) => format!("did you mean `{meant}` with `{field}`?"),
+                None => format!("name a field of each row `{}`", names.first()?),
+            })
+        }
+        _ => None,
+    }
+}
+
+impl From<EncodeError> for Failure {
+    fn from(error: EncodeError) -> Self {
+        let exit = match &error {
+            EncodeError::Io { source, .. } => exit_of(source),
+            _ => Exit::Refused,
+        };
+        let hint = match &error {
+            EncodeError::NoTokenizer => Some(
+                "put the base model's `tokenizer.json` there, or load a perturbation with --perturbation, which needs none",
+            ),
+            EncodeError::NoEos => {
+                Some("name the token in `generation_config.json`, as `eos_token_id`")
+            }
+            EncodeError::NoChatTemplate => Some("pass --template alpaca or --template raw"),
+            EncodeError::Template { .. } | EncodeError::ChatTemplate(_) => {
+                Some("pass --template alpaca if the model was fine-tuned without its chat template")
+            }
+            EncodeError::VocabularyDoesNotFit { .. } => {
+                Some("the tokenizer is of another model; put this model's `tokenizer.json` there")
+            }
+            EncodeError::NoResponseLeft { .. } => Some("raise --max-length, or drop these rows"),
+            _ => None,
+        };
+        Self::of(exit, &error).maybe_hint(hint)
+    }
+}
+
+impl Failure {
+    /// A `config.json` that is refused.
+    pub(crate) fn of_config(path: &Path, error: &ConfigError) -> Self {
+        let hint = match error {
+            ConfigError::ModelType { .. } => Some(format!(
+                "gradients are computed for {} only; a perturbation from a file, or noise with --method random --rho, \
+                 can be added to any checkpoint",
+                MODEL_TYPES.join(" and ")
+            )),
+            ConfigError::Json(_) => {
+                Some("the file is damaged; fetch the checkpoint's again".to_owned())
+            }
+            _ => None,
+        };
+        Self::doing(
+            Exit::Refused,
+            format!("cannot compute with `{}`", path.display()),
+            error,
+        )
+        .maybe_hint(hint)
+    }
+}
+
+impl From<WeightsError> for Failure {
+    fn from(error: WeightsError) -> Self {
+        let hint = match &error {
+            WeightsError::NoTarget { .. } => {
+                Some("name projections that the model has with --targets")
+            }
+            WeightsError::Missing { .. } | WeightsError::Shape { .. } => {
+                Some("`config.json` and the weights are not of the same model; use its own")
+            }
+            WeightsError::NotFinite { .. } => {
+                Some("the checkpoint is broken; look for one saved before training diverged")
+            }
+            WeightsError::Dtype { .. } => Some("use the checkpoint before it was quantized"),
+            _ => None,
+        };
+        Self::doing(
+            Exit::Refused,
+            "the checkpoint cannot be computed with",
+            &error,
+        )
+        .maybe_hint(hint)
+    }
+}
+
+impl From<OptimizeError> for Failure {
+    fn from(error: OptimizeError) -> Self {
+        let what = "no perturbation was found";
+        match error {
+            OptimizeError::Interrupted => Self::interrupted(),
+            OptimizeError::Weights(error) => error.into(),
+            OptimizeError::Budget { .. } => Self::doing(Exit::SaidNo, what, &error)
+                .hint("raise --kl-budget or --task-budget, or set --rho to a number"),
+            OptimizeError::NoRows { set, .. } => {
+                let flag = match set {
+                    Set::Harmful => "--harmful",
+                    Set::Refusals => "--refusals",
+                    Set::Task => "--task",
+                    Set::Benign => "--benign",
+                };
+                Self::doing(Exit::Usage, what, &error).hint(format!("give rows with {flag}"))
+            }
+            OptimizeError::Loss { .. } => Self::doing(Exit::Refused, what, &error).hint(
+                "weights that are not finite give such losses; `panacea-patch inspect` counts them",
+            ),
+            OptimizeError::Gradient { .. } => Self::doing(Exit::Refused, what, &error)
+                .hint("a gradient of zero means that the model is certain of every token: give other rows"),
+            OptimizeError::State => Self::doing(Exit::Refused, what, &error)
+                .hint("leave out --resume to start from the beginning"),
+            other => Self::doing(Exit::Refused, what, &other),
+        }
+    }
+}
+
+impl From<ApplyError> for Failure {
+    fn from(error: ApplyError) -> Self {
+        match error {
+            ApplyError::Base(problems) => Self::of_base(&problems),
+            ApplyError::Write(WriteError::Input(error)) => error.into(),
+            ApplyError::Write(WriteError::Output(error)) => error.into(),
+            ApplyError::Write(WriteError::Interrupted) => Self::interrupted(),
+            ApplyError::Write(WriteError::Patch { .. }) => {
+                Self::of(Exit::Refused, &error).hint("lower --strength")
+            }
+            other => Self::of(Exit::Refused, &other),
+        }
+    }
+}
+
+impl Failure {
+    /// A perturbation for other weights.
+    pub(crate) fn of_base(problems: &Problems<BaseProblem>) -> Self {
+        let patched = problems
+            .all()
+            .iter()
+            .all(|problem| matches!(problem, BaseProblem::Digest { .. }));
+        let hint = if patched {
+            "give the very checkpoint that the perturbation was made for; this one may be patched already"
+        } else {
+            "give the very checkpoint that the perturbation was made for"
+        };
+        Self::doing(
+            Exit::Refused,
+            "the perturbation was made for other weights",
+            problems,
+        )
+        .hint(hint)
+    }
+}
+
+impl From<PerturbationWriteError> for Failure {
+    fn from(error: PerturbationWriteError) -> Self {
+        match error {
+            PerturbationWriteError::Output(error) => error.into(),
+            other => Self::doing(Exit::Refused, "the perturbation cannot be written", &other),
+        }
+    }
+}
+
+impl From<KeyError> for Failure {
+    fn from(error: KeyError) -> Self {
+        let (exit, hint) = match &error {
+            KeyError::Io { source, .. } => (
+                exit_of(source),
+                (source.kind() == io::ErrorKind::NotFound)
+                    .then_some("check the path, or make a pair with `panacea-patch keygen NAME`"),
+            ),
+            KeyError::Exists { .. } => (Exit::Refused, Some("choose another name")),
+            KeyError::Refused { .. } => (
+                Exit::Refused,
+                Some("make a pair with `panacea-patch keygen NAME`"),
+            ),
+            KeyError::NoRandomness { .. } => (Exit::Environment, None),
+            _ => (Exit::Refused, None),
+        };
+        Self::of(exit, &error).maybe_hint(hint)
+    }
+}
+
+impl From<StatementError> for Failure {
+    fn from(error: StatementError) -> Self {
+        Self::of(Exit::Refused, &error)
+    }
+}
+
+impl From<FileNameError> for Failure {
+    fn from(error: FileNameError) -> Self {
+        Self::of(Exit::Refused, &error).hint("rename the file")
+    }
+}
+
+impl From<TreeError> for Failure {
+    fn from(error: TreeError) -> Self {
+        let (exit, hint) = match &error {
+            TreeError::Io { source, .. } => (exit_of(source), None),
+            TreeError::Symlink { .. } => (
+                Exit::Refused,
+                Some("copy the directory with `cp -rL` first"),
+            ),
+            _ => (Exit::Refused, None),
+        };
+        Self::of(exit, &error).maybe_hint(hint)
+    }
+}
+
+impl From<SignError> for Failure {
+    fn from(error: SignError) -> Self {
+        match error {
+            SignError::Tree(error) => error.into(),
+            SignError::Manifest(error) => Self::doing(Exit::Refused, "nothing was signed", &error)
+                .hint("sign the files as they were written, or remove the manifest"),
+            other => Self::of(Exit::Refused, &other),
+        }
+    }
+}
+
+impl From<VerifyError> for Failure {
+    /// What is not verified is answered with no; what cannot be read at all is refused.
+    fn from(error: VerifyError) -> Self {
+        let (exit, hint) = match &error {
+            VerifyError::Io { source, .. } => (exit_of(source), None),
+            VerifyError::Tree(TreeError::Io { source, .. }) => (exit_of(source), None),
+            VerifyError::NoSignature { .. } => (
+                Exit::SaidNo,
+                Some("name it with --signature, or leave out --key to check the manifest alone"),
+            ),
+            VerifyError::NoManifest { .. } => {
+                (Exit::SaidNo, Some("verify a signature with --key PUB.pem"))
+            }
+            VerifyError::ForeignKey { .. } => (
+                Exit::SaidNo,
+                Some("ask the publisher for the key; do not take it from beside the model"),
+            ),
+            _ => (Exit::SaidNo, None),
+        };
+        Self::of(exit, &error).maybe_hint(hint)
+    }
+}
+
+impl From<ResumeError> for Failure {
+    fn from(error: ResumeError) -> Self {
+        match error {
+            ResumeError::Read(error) => {
+                Self::from(error).hint("leave out --resume to start from the beginning")
+            }
+            ResumeError::Write(error) => Self::from(error)
+                .hint("make room, or turn saving off with --state-every 0"),
+            ResumeError::OtherRun { .. } => Self::of(Exit::Refused, &error).hint(
+                "repeat the interrupted command with the same inputs and flags, or leave out --resume to start from the beginning",
+            ),
+            other => Self::of(Exit::Refused, &other)
+                .hint("leave out --resume to start from the beginning"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_of_sources_becomes_one_reason() {
+        let error = FormatError::new(
+            Path::new("m"),
+            io::Error::from(io::ErrorKind::PermissionDenied),
+        );
+        let failure = Failure::from(error);
+        assert_eq!(failure.exit, Exit::Environment);
+        assert_eq!(failure.error, "cannot read `m`");
+        assert_eq!(failure.because.as_deref(), Some("permission denied"));
+    }
+
+    #[test]
+    fn a_slip_in_a_subcommand_is_recognized_and_a_path_is_not() {
+        let hint = |path: &str| missing_path_hint(Path::new(path)).unwrap();
+        assert!(hint("optimise").contains("panacea-patch optimize"));
+        assert_eq!(hint("./models/llama"), "check the path");
+    }
+}

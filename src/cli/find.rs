@@ -1,0 +1,548 @@
+//! Finding a perturbation: everything that can be refused cheaply first, then the minutes or hours of work.
+//!
+//! In: an open checkpoint and a resolved [`Search`]. Out: [`Prepared`], when config, tokenizer, data and targets are sound, and from
+//! it [`Found`], the perturbation with what was measured and the record of how it was made.
+
+use std::path::{Path, PathBuf};
+
+use panacea_formats::{
+    BaseProblem, Checkpoint, DataSource, DeltaTensor, FormatError, PerturbationRecord, Problems,
+    Sha256, Space, TensorView, describe_base, shown,
+};
+use panacea_patch::data::{Encoder, Sets, TokenizerFiles};
+use panacea_patch::model::{
+    Activations, Config, Decoder, EncodedRow, Projection, TargetSelection, TargetTensors,
+};
+use panacea_patch::optimize::{
+    self, RadiusPoint, Random, Rows, Set, Settings, State, StepRecord, gaussian,
+};
+use panacea_patch::resume::Identity;
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use super::args::WorkArgs;
+use super::error::{Exit, Failure};
+use super::report::{Reporter, Saver, StepWatch};
+use super::settings::{Search, used_sets};
+
+/// A search whose every input was read and understood.
+pub(super) struct Prepared<'c> {
+    checkpoint: &'c Checkpoint,
+    search: &'c Search,
+    /// Names and shapes, in the order of every list of tensors.
+    targets: Vec<(String, Vec<usize>)>,
+    /// What computes, where the method needs it.
+    model: Option<Model<'c>>,
+    data: Vec<DataSource>,
+    /// Files that decided the result, with the digests of their bytes: weights first.
+    inputs: Vec<(String, Sha256)>,
+}
+
+struct Model<'c> {
+    decoder: Decoder<'c>,
+    rows: Rows,
+    /// The template, in words.
+    template: String,
+}
+
+/// A perturbation, and what was measured on the way to it.
+pub(super) struct Found {
+    pub(super) targets: Vec<(String, Vec<usize>)>,
+    pub(super) delta: TargetTensors,
+    pub(super) record: PerturbationRecord,
+    pub(super) steps: Vec<StepRecord>,
+    /// Of the last steps, those of this process.
+    pub(super) seconds: Vec<f64>,
+    pub(super) radii: Vec<RadiusPoint>,
+    pub(super) results: Vec<(&'static str, f64)>,
+    pub(super) inputs: Vec<(String, Sha256)>,
+}
+
+/// Reads and checks everything that `search` needs.
+///
+/// # Errors
+/// The first input that is refused.
+pub(super) fn prepare<'c>(
+    checkpoint: &'c Checkpoint,
+    search: &'c Search,
+    work: &WorkArgs,
+    reporter: &Reporter,
+) -> Result<Prepared<'c>, Failure> {
+    if !search.computes() {
+        return Ok(Prepared {
+            targets: targets_by_name(checkpoint, &search.targets)?,
+            model: None,
+            data: Vec::new(),
+            inputs: digests(checkpoint, &[])?,
+            checkpoint,
+            search,
+        });
+    }
+    let config_path = required_side_file(checkpoint, "config.json")?;
+    let config = read_config(&config_path)?;
+    let sets = Sets::open(&search.paths)?;
+    let files = TokenizerFiles::find(|name| checkpoint.side_file(name))
+        .map_err(|error| Failure::from(error).because(looked_in(checkpoint)))?;
+    let encoder = Encoder::open(
+        &files,
+        search.template,
+        search.max_length,
+        config.vocab_size,
+    )?;
+    let used = used_sets(search, &sets);
+    let rows = encode(&encoder, &sets, &used)?;
+    let activations = match work.recompute {
+        true => Activations::Recompute,
+        false => Activations::Keep,
+    };
+    let decoder =
+        Decoder::new(config, checkpoint.tensors(), &search.targets)?.with_activations(activations);
+    let template = encoder.template().to_string();
+    for (set, source) in &used {
+        reporter.stage(format!(
+            "read {} {set} rows: {}",
+            source.rows,
+            shown(&source.name)
+        ));
+    }
+    Ok(Prepared {
+        targets: decoder
+            .targets()
+            .iter()
+            .map(|target| (target.name.clone(), target.shape.to_vec()))
+            .collect(),
+        model: Some(Model {
+            decoder,
+            rows,
+            template,
+        }),
+        data: used.into_iter().map(|(_, source)| source).collect(),
+        inputs: digests(checkpoint, &side_inputs(&config_path, &files))?,
+        checkpoint,
+        search,
+    })
+}
+
+impl Prepared<'_> {
+    /// Elements of all targets together.
+    pub(super) fn target_elements(&self) -> usize {
+        self.targets
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum()
+    }
+
+    /// How many targets there are.
+    pub(super) fn target_count(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// What computes and on which rows, where the method needs it.
+    pub(super) fn model(&self) -> Option<(&Decoder<'_>, &Rows)> {
+        self.model
+            .as_ref()
+            .map(|model| (&model.decoder, &model.rows))
+    }
+
+    /// The data sets that are used.
+    pub(super) fn data(&self) -> &[DataSource] {
+        &self.data
+    }
+
+    /// Everything that changes the numbers, for a state that is to be taken up again.
+    pub(super) fn identity(&self) -> Identity {
+        let mut identity = Identity::default();
+        identity.insert("version", env!("CARGO_PKG_VERSION"));
+        identity.insert("method", self.search.method());
+        identity.insert("seed", self.search.seed);
+        for (name, value) in self.search.parameters() {
+            identity.insert(name, value);
+        }
+        for source in &self.data {
+            identity.insert(format!("{} rows", source.role), source.sha256);
+            identity.insert(format!("number of {} rows", source.role), source.rows);
+        }
+        for (name, digest) in &self.inputs {
+            identity.insert(format!("file {name}"), digest);
+        }
+        identity
+    }
+
+    /// Does the work.
+    ///
+    /// # Errors
+    /// When no perturbation is found, or the work is interrupted.
+    pub(super) fn run(
+        self,
+        saver: Option<Saver>,
+        resumed: Option<State>,
+        reporter: &Reporter,
+    ) -> Result<Found, Failure> {
+        let outcome = match self.model {
+            None => {
+                let Settings::Random(Random { rho, seed }) = &self.search.settings else {
+                    return Err(Failure::usage("the method needs a model"));
+                };
+                let rho = match rho {
+                    optimize::Radius::Fixed(rho) => *rho,
+                    optimize::Radius::Auto(_) => {
+                        return Err(Failure::usage("a search for rho needs a model"));
+                    }
+                };
+                let sizes: Vec<usize> = self
+                    .targets
+                    .iter()
+                    .map(|(_, shape)| shape.iter().product())
+                    .collect();
+                reporter.stage(format!("drawing {} elements", sizes.iter().sum::<usize>()));
+                let delta = gaussian(&sizes, *seed, rho);
+                Outcome {
+                    results: vec![("rho", rho), ("delta_norm", delta.norm())],
+                    delta,
+                    steps: Vec::new(),
+                    seconds: Vec::new(),
+                    radii: Vec::new(),
+                }
+            }
+            Some(mut model) => {
+                reporter.stage(format!(
+                    "optimizing {} targets of {} elements by method {}, with {}",
+                    self.targets.len(),
+                    model
+                        .decoder
+                        .targets()
+                        .iter()
+                        .map(|it| it.shape[0] * it.shape[1])
+                        .sum::<usize>(),
+                    self.search.method(),
+                    model.template,
+                ));
+                let mut watch = StepWatch::new(reporter, saver);
+                let outcome = optimize::optimize(
+                    &mut model.decoder,
+                    &model.rows,
+                    &self.search.settings,
+                    resumed,
+                    &mut watch,
+                );
+                watch.finish();
+                let outcome = outcome?;
+                Outcome {
+                    delta: outcome.delta,
+                    steps: outcome.steps,
+                    seconds: watch.seconds().to_vec(),
+                    radii: outcome.radii,
+                    results: outcome.results,
+                }
+            }
+        };
+        self.checkpoint.check_unchanged()?;
+        let names = self.targets.iter().map(|(name, _)| name.as_str());
+        let base =
+            describe_base(self.checkpoint, names).map_err(|problems| not_patchable(&problems))?;
+        Ok(Found {
+            record: PerturbationRecord {
+                method: self.search.method().to_owned(),
+                parameters: self.search.parameters(),
+                seed: self.search.seed,
+                space: Space::Weights,
+                base,
+                data: self.data,
+                tool: format!("panacea-patch {}", env!("CARGO_PKG_VERSION")),
+            },
+            targets: self.targets,
+            delta: outcome.delta,
+            steps: outcome.steps,
+            seconds: outcome.seconds,
+            radii: outcome.radii,
+            results: outcome.results,
+            inputs: self.inputs,
+        })
+    }
+}
+
+struct Outcome {
+    delta: TargetTensors,
+    steps: Vec<StepRecord>,
+    seconds: Vec<f64>,
+    radii: Vec<RadiusPoint>,
+    results: Vec<(&'static str, f64)>,
+}
+
+impl Found {
+    /// The tensors of the perturbation.
+    pub(super) fn deltas(&self) -> Vec<DeltaTensor<'_>> {
+        self.targets
+            .iter()
+            .zip(self.delta.iter())
+            .filter_map(|((name, shape), values)| DeltaTensor::new(name, shape, values))
+            .collect()
+    }
+
+    /// The perturbation in a report.
+    pub(super) fn to_json(&self) -> Value {
+        json!({
+            "method": self.record.method,
+            "parameters": self.record.parameters,
+            "seed": self.record.seed,
+            "tensors": self.targets.len(),
+            "elements": self.delta.elements(),
+            "norm": self.delta.norm(),
+        })
+    }
+
+    /// The steps in a report, those of this process with their seconds.
+    pub(super) fn steps_json(&self) -> Vec<Value> {
+        let resumed = self.steps.len().saturating_sub(self.seconds.len());
+        self.steps
+            .iter()
+            .enumerate()
+            .map(|(place, step)| {
+                let mut step = json!(step);
+                if let Some(seconds) = place.checked_sub(resumed).map(|it| self.seconds[it]) {
+                    step["seconds"] = json!(seconds);
+                }
+                step
+            })
+            .collect()
+    }
+}
+
+/// Opens the checkpoint at `path`.
+///
+/// # Errors
+/// When it is refused.
+pub(super) fn open(path: &Path, reporter: &Reporter) -> Result<Checkpoint, Failure> {
+    let checkpoint = Checkpoint::open(path)?;
+    let tensors = checkpoint.tensors().count();
+    reporter.stage(format!(
+        "read the headers of {}: {tensors} tensors",
+        path.display()
+    ));
+    Ok(checkpoint)
+}
+
+/// Reads a `config.json`.
+///
+/// # Errors
+/// When it cannot be read or is refused.
+pub(super) fn read_config(path: &Path) -> Result<Config, Failure> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Failure::from(FormatError::new(path, error)))?;
+    Config::parse(&text).map_err(|error| Failure::of_config(path, &error))
+}
+
+/// The matrices that `selection` names, without a model: 2-D, of a type that can be patched, ordered as a decoder's targets
+/// are, so that the same seed gives the same noise with and without one.
+///
+/// # Errors
+/// When there are none.
+pub(super) fn targets_by_name(
+    checkpoint: &Checkpoint,
+    selection: &TargetSelection,
+) -> Result<Vec<(String, Vec<usize>)>, Failure> {
+    let matrices: Vec<TensorView<'_>> = checkpoint
+        .tensors()
+        .filter(|tensor| tensor.shape.len() == 2 && tensor.dtype.is_patchable())
+        .collect();
+    let mut targets: Vec<_> = matrices
+        .iter()
+        .filter(|tensor| selection.selects(module_of(tensor.name)))
+        .map(|tensor| (tensor.name.to_owned(), tensor.shape.to_vec()))
+        .collect();
+    targets.sort_by(|(a, _), (b, _)| place_of(a).cmp(&place_of(b)));
+    if !targets.is_empty() {
+        return Ok(targets);
+    }
+    let modules: Vec<&str> = matrices
+        .iter()
+        .filter_map(|tensor| module_of(tensor.name).rsplit('.').next())
+        .collect();
+    let wanted = selection.to_string();
+    let nearest = wanted
+        .split(',')
+        .find_map(|name| panacea_formats::nearest(name, modules.iter().copied()));
+    let failure = Failure::new(
+        Exit::Refused,
+        format!("targets `{}` match no matrix", shown(&wanted)),
+    )
+    .because(match matrices.first() {
+        Some(first) => format!(
+            "none of {} matrices that can be patched is named so; the first is `{}`",
+            matrices.len(),
+            shown(first.name)
+        ),
+        None => "the checkpoint has no matrix of type F32, F16 or BF16".to_owned(),
+    });
+    Err(failure.hint(match nearest {
+        Some(nearest) => format!("did you mean --targets {}?", shown(nearest)),
+        None => "name modules of the checkpoint with --targets".to_owned(),
+    }))
+}
+
+fn module_of(tensor: &str) -> &str {
+    tensor.strip_suffix(".weight").unwrap_or(tensor)
+}
+
+/// Block by block, then by projection, then by name.
+fn place_of(tensor: &str) -> (Option<usize>, usize, &str) {
+    let module = module_of(tensor);
+    let block = module.split('.').find_map(|part| part.parse().ok());
+    let projection = Projection::ALL
+        .iter()
+        .position(|projection| module.ends_with(projection.module()));
+    (block, projection.unwrap_or(Projection::ALL.len()), tensor)
+}
+
+/// The block and the projection that a tensor's name speaks of.
+pub(super) fn block_and_projection(tensor: &str) -> (Option<usize>, &str) {
+    let module = module_of(tensor);
+    let block = module.split('.').find_map(|part| part.parse().ok());
+    (block, module.rsplit('.').next().unwrap_or(module))
+}
+
+fn encode(encoder: &Encoder, sets: &Sets, used: &[(Set, DataSource)]) -> Result<Rows, Failure> {
+    let mut rows = Rows::default();
+    for (set, source) in used {
+        let examples = match set {
+            Set::Harmful => &sets.harmful.rows,
+            Set::Benign => &sets.benign.rows,
+            Set::Refusals => &sets.refusals.rows,
+            Set::Task => match &sets.task {
+                Some(task) => &task.rows,
+                None => continue,
+            },
+        };
+        let encoded: Vec<EncodedRow> = encoder.encode(examples).map_err(|error| {
+            let failure = Failure::from(error);
+            let reason = match &failure.because {
+                Some(because) => format!("{}: {because}", failure.error),
+                None => failure.error.clone(),
+            };
+            Failure {
+                error: format!("the {set} rows of `{}` cannot be used", shown(&source.name)),
+                because: Some(reason),
+                ..failure
+            }
+        })?;
+        match set {
+            Set::Harmful => rows.harmful = encoded,
+            Set::Benign => rows.benign = encoded,
+            Set::Refusals => rows.refusals = encoded,
+            Set::Task => rows.task = encoded,
+        }
+    }
+    Ok(rows)
+}
+
+fn required_side_file(checkpoint: &Checkpoint, name: &str) -> Result<PathBuf, Failure> {
+    checkpoint.side_file(name).ok_or_else(|| {
+        Failure::new(Exit::Refused, format!("there is no `{name}`"))
+            .because(looked_in(checkpoint))
+            .hint(format!(
+                "put the model's `{name}` there; without it, a perturbation can still be loaded with --perturbation, \
+                 or drawn with --method random --rho NUMBER"
+            ))
+    })
+}
+
+fn looked_in(checkpoint: &Checkpoint) -> String {
+    let path = checkpoint.path();
+    match checkpoint.layout() {
+        panacea_formats::Layout::LoneFile => {
+            let parent = path
+                .parent()
+                .filter(|parent| !parent.as_os_str().is_empty());
+            format!(
+                "it was looked for beside the file, in `{}`",
+                parent.unwrap_or(Path::new(".")).display()
+            )
+        }
+        _ => format!("it was looked for in `{}`", path.display()),
+    }
+}
+
+/// The files besides weights that decide the result.
+fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
+    let mut paths = vec![config.to_owned(), files.tokenizer.clone()];
+    paths.extend(
+        [
+            &files.tokenizer_config,
+            &files.special_tokens_map,
+            &files.chat_template,
+            &files.generation_config,
+        ]
+        .into_iter()
+        .flatten()
+        .cloned(),
+    );
+    paths.sort();
+    paths
+}
+
+/// The digests of the weights' files and of `side`, by file name.
+pub(super) fn digests(
+    checkpoint: &Checkpoint,
+    side: &[PathBuf],
+) -> Result<Vec<(String, Sha256)>, Failure> {
+    let mut digests: Vec<(String, Sha256)> = checkpoint
+        .files()
+        .par_iter()
+        .map(|shard| (shard.name.clone(), shard.file.digest()))
+        .collect();
+    for path in side {
+        let digest =
+            Sha256::of_file(path).map_err(|error| Failure::from(FormatError::new(path, error)))?;
+        let name = path.file_name().unwrap_or_default();
+        digests.push((name.to_string_lossy().into_owned(), digest));
+    }
+    Ok(digests)
+}
+
+fn not_patchable(problems: &Problems<BaseProblem>) -> Failure {
+    Failure::doing(Exit::Refused, "the targets cannot be patched", problems)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_have_one_order_with_and_without_a_model() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/oracle/llama3-rope");
+        let checkpoint = Checkpoint::open(&directory).unwrap();
+        let config = read_config(&directory.join("config.json")).unwrap();
+        for selection in ["q_proj,k_proj,v_proj", "down_proj,o_proj,gate_proj,q_proj"] {
+            let selection: TargetSelection = selection.parse().unwrap();
+            let decoder = Decoder::new(config.clone(), checkpoint.tensors(), &selection).unwrap();
+            let of_decoder: Vec<_> = decoder
+                .targets()
+                .iter()
+                .map(|target| (target.name.clone(), target.shape.to_vec()))
+                .collect();
+            assert_eq!(
+                targets_by_name(&checkpoint, &selection).unwrap(),
+                of_decoder
+            );
+        }
+    }
+
+    #[test]
+    fn blocks_are_ordered_by_number() {
+        assert!(
+            place_of("model.layers.2.self_attn.v_proj.weight")
+                < place_of("model.layers.10.self_attn.q_proj.weight")
+        );
+    }
+
+    #[test]
+    fn a_slip_in_a_target_finds_its_neighbor() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/oracle/llama-tied");
+        let checkpoint = Checkpoint::open(&directory).unwrap();
+        let failure = targets_by_name(&checkpoint, &"q_porj".parse().unwrap()).unwrap_err();
+        assert_eq!(
+            failure.hint.as_deref(),
+            Some("did you mean --targets q_proj?")
+        );
+    }
+}

@@ -1,0 +1,103 @@
+//! The command line: flags as given ([`args`]), settings resolved ([`settings`]), one file for each subcommand, all printing in
+//! [`report`], and what a failure says in [`error`].
+//!
+//! Exit codes are those of [`error::Exit`], which `--help` lists.
+
+mod apply;
+mod args;
+mod error;
+mod find;
+mod inspect;
+mod interrupt;
+mod keygen;
+mod optimize;
+mod output;
+mod patch;
+mod plan;
+mod report;
+mod settings;
+mod sign;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command, RunArgs};
+use error::{Exit, Failure};
+use report::Reporter;
+
+/// Runs the program. Whatever happened is printed; what is left is the exit code.
+pub(crate) fn main() -> ExitCode {
+    let exit = match Cli::try_parse() {
+        Ok(cli) => run(&cli),
+        Err(error) => {
+            let json = std::env::args_os().any(|word| word == "--json");
+            report::command_line(&error, json)
+        }
+    };
+    ExitCode::from(exit as u8)
+}
+
+fn run(cli: &Cli) -> Exit {
+    let none = RunArgs::default();
+    let (name, run_args) = match &cli.command {
+        None => ("patch", &cli.patch.run),
+        Some(Command::Optimize(args)) => ("optimize", &args.run),
+        Some(Command::Apply(args)) => ("apply", &args.run),
+        Some(Command::Verify(args)) => ("verify", &args.run),
+        Some(Command::Inspect(args)) => ("inspect", &args.run),
+        Some(Command::Keygen(args)) => ("keygen", &args.run),
+        Some(Command::Sign(args)) => ("sign", &args.run),
+        Some(Command::Completions { .. }) => ("completions", &none),
+        Some(Command::Man) => ("man", &none),
+    };
+    let reporter = Reporter::new(run_args);
+    match start_threads(run_args).and_then(|()| dispatch(cli, &reporter)) {
+        Ok(()) => Exit::Done,
+        Err(failure) => {
+            reporter.failure(name, &failure);
+            failure.exit
+        }
+    }
+}
+
+fn start_threads(run_args: &RunArgs) -> Result<(), Failure> {
+    let Some(threads) = run_args.threads else {
+        return Ok(());
+    };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|error| {
+            let what = format!("cannot start {threads} threads");
+            Failure::doing(Exit::Environment, what, &error)
+                .hint("pass a smaller number with --threads")
+        })
+}
+
+fn dispatch(cli: &Cli, reporter: &Reporter) -> Result<(), Failure> {
+    match &cli.command {
+        None => patch::run(&cli.patch, reporter),
+        Some(Command::Optimize(args)) => optimize::run(args, reporter),
+        Some(Command::Apply(args)) => apply::run(args, reporter),
+        Some(Command::Verify(args)) => verify::run(args, reporter),
+        Some(Command::Inspect(args)) => inspect::run(args, reporter),
+        Some(Command::Keygen(args)) => keygen::run(args, reporter),
+        Some(Command::Sign(args)) => sign::run(args, reporter),
+        Some(Command::Completions { shell }) => {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "panacea-patch", &mut text);
+            reporter.text(&String::from_utf8_lossy(&text))
+        }
+        Some(Command::Man) => {
+            let mut text = Vec::new();
+            clap_mangen::Man::new(Cli::command())
+                .render(&mut text)
+                .map_err(|error| {
+                    Failure::doing(Exit::Environment, "the manual cannot be written", &error)
+                })?;
+            reporter.text(&String::from_utf8_lossy(&text))
+        }
+    }
+}

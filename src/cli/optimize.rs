@@ -1,0 +1,212 @@
+//! `optimize`: a checkpoint in, a perturbation file out.
+
+use std::path::{Path, PathBuf};
+
+use panacea_formats::{OutputFile, Overwrite, write_perturbation};
+use panacea_patch::optimize;
+use panacea_patch::resume::{self, Identity};
+use serde_json::{Map, Value, json};
+
+use super::args::{OptimizeArgs, WorkArgs};
+use super::error::{Exit, Failure};
+use super::find::{self, Found};
+use super::interrupt;
+use super::output::{default_perturbation, files_json};
+use super::report::{Report, Reporter, Saver, Table, bytes, number};
+use super::settings::Search;
+
+pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failure> {
+    let search = Search::resolve(&args.method, &args.data)?;
+    interrupt::listen()?;
+    let checkpoint = find::open(&args.model, reporter)?;
+    let target = match &args.output {
+        Some(path) => path.clone(),
+        None => default_perturbation(&checkpoint)?,
+    };
+    let overwrite = match args.force {
+        true => Overwrite::Replace,
+        false => Overwrite::Never,
+    };
+    let mut inputs: Vec<PathBuf> = search.data_files();
+    inputs.push(args.model.clone());
+    // One that is missing is reported by whoever opens it.
+    let inputs: Vec<&Path> = inputs
+        .iter()
+        .map(PathBuf::as_path)
+        .filter(|path| path.exists())
+        .collect();
+    OutputFile::check(&target, overwrite, &inputs, 0)?;
+    let prepared = find::prepare(&checkpoint, &search, &args.work, reporter)?;
+    let size = 4 * prepared.target_elements() as u64 + HEADER_ROOM;
+    OutputFile::check(&target, overwrite, &inputs, size)?;
+
+    let state = State::beside(&target, &args.work);
+    let resumed = state.resumed(&prepared.identity(), reporter)?;
+    let saver = state.saver(prepared.identity());
+    let found = prepared
+        .run(saver, resumed, reporter)
+        .map_err(|failure| state.explain(failure))?;
+
+    reporter.stage(format!("writing {}", target.display()));
+    let mut output = OutputFile::create(&target, overwrite, &inputs)?;
+    output.require_space(size)?;
+    let file = write_perturbation(&mut output, &found.record, &found.deltas())?;
+    let committed = output.commit()?;
+    if let Some((path, error)) = committed.left_behind {
+        reporter.note(format!("{} could not be deleted: {error}", path.display()));
+    }
+    state.discard();
+
+    let mut table = Table::new();
+    table.heading(format!(
+        "optimized {} -> {}",
+        args.model.display(),
+        target.display()
+    ));
+    describe(&found, &mut table);
+    table.row(
+        "file",
+        format!("{}, sha256 {}", bytes(file.bytes), file.sha256),
+    );
+    let report = Report {
+        output: Some(target.display().to_string()),
+        perturbation: Some(found.to_json()),
+        steps: Some(found.steps_json()),
+        radii: Some(json!(found.radii)),
+        results: Some(results_json(&found)),
+        files: Some(files_json(&[file])),
+        ..Report::of("optimize")
+    };
+    reporter.result(report, &table)
+}
+
+/// The state file of a run: `.<output>.panacea-state` beside the output.
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    path: PathBuf,
+    every: usize,
+    resume: bool,
+}
+
+impl State {
+    pub(super) fn beside(target: &Path, work: &WorkArgs) -> Self {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        Self {
+            path: target.with_file_name(format!(".{name}.panacea-state")),
+            every: work.state_every.unwrap_or(5),
+            resume: work.resume,
+        }
+    }
+
+    /// The state to go on from, when that was asked for.
+    ///
+    /// # Errors
+    /// When there is none, or it is of another run.
+    pub(super) fn resumed(
+        &self,
+        identity: &Identity,
+        reporter: &Reporter,
+    ) -> Result<Option<optimize::State>, Failure> {
+        match (self.resume, self.path.exists()) {
+            (true, true) => {
+                let state = resume::load(&self.path, identity)?;
+                reporter.stage(format!("going on after step {}", state.steps.len()));
+                Ok(Some(state))
+            }
+            (true, false) => Err(
+                Failure::new(Exit::Refused, "there is no state to go on from").because(format!(
+                    "it was looked for at `{}`",
+                    self.path.display()
+                ))
+                .hint("repeat the interrupted command with the same output, or leave out --resume to start from the beginning"),
+            ),
+            (false, true) => {
+                reporter.note(format!(
+                    "starting from the beginning; {} is of an earlier run, and --resume goes on from it",
+                    self.path.display()
+                ));
+                Ok(None)
+            }
+            (false, false) => Ok(None),
+        }
+    }
+
+    /// What keeps the states of this run.
+    pub(super) fn saver(&self, identity: Identity) -> Option<Saver> {
+        (self.every > 0).then(|| Saver {
+            path: self.path.clone(),
+            identity,
+            every: self.every,
+        })
+    }
+
+    /// Adds to an interruption what can be done about it.
+    pub(super) fn explain(&self, failure: Failure) -> Failure {
+        match failure.exit {
+            Exit::Interrupted if self.path.exists() => failure
+                .because(format!("the state is in `{}`", self.path.display()))
+                .hint(match self.resume {
+                    true => "repeat the command to go on",
+                    false => "repeat the command with --resume to go on",
+                }),
+            Exit::Interrupted => failure.because("no step was saved"),
+            _ => failure,
+        }
+    }
+
+    /// Deletes the state of a run that is done.
+    pub(super) fn discard(&self) {
+        // A state that stays is refused or pointed out by the next run.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// What people read of a search.
+pub(super) fn describe(found: &Found, table: &mut Table) {
+    table.row(
+        "method",
+        format!(
+            "{}, {} steps, seed {}",
+            found.record.method,
+            found.steps.len(),
+            found.record.seed
+        ),
+    );
+    table.row(
+        "perturbation",
+        format!(
+            "norm {} over {} elements in {} tensors",
+            number(found.delta.norm()),
+            found.delta.elements(),
+            found.targets.len()
+        ),
+    );
+    for source in &found.record.data {
+        table.row(
+            format!("{} rows", source.role),
+            format!(
+                "{} of {}",
+                source.rows,
+                panacea_formats::shown(&source.name)
+            ),
+        );
+    }
+    if !found.radii.is_empty() {
+        table.row("radii tried", found.radii.len().to_string());
+    }
+    for (name, value) in &found.results {
+        table.row(name.replace('_', " "), number(*value));
+    }
+}
+
+/// Results by name.
+pub(super) fn results_json(found: &Found) -> Map<String, Value> {
+    found
+        .results
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), json!(value)))
+        .collect()
+}
+
+/// Room for a perturbation's header: some 200 bytes for each target.
+const HEADER_ROOM: u64 = 1 << 20;

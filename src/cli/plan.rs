@@ -1,0 +1,321 @@
+//! `--dry-run`: what a run would read, compute, hold in memory and write. Everything that can be refused was refused before.
+//!
+//! Bytes are exact but for the manifest. Memory and work are estimates from above: a search for a radius may end early, and so may
+//! the steps.
+
+use panacea_formats::{Checkpoint, Layout, Perturbation, copied_bytes};
+use panacea_patch::manifest::{manifest_path, signature_path};
+use panacea_patch::model::{Decoder, EncodedRow};
+use panacea_patch::optimize::{Radius, Rows, Settings};
+use serde_json::{Value, json};
+
+use super::error::Failure;
+use super::find::Prepared;
+use super::output::Output;
+use super::report::{Report, Reporter, Table, bytes, number};
+use super::settings::Search;
+
+/// A run that was thought through and not begun.
+#[derive(Debug)]
+pub(super) struct Plan {
+    output: String,
+    /// What is read: a name and its length.
+    reads: Vec<(String, u64)>,
+    /// What is written.
+    writes: Vec<String>,
+    written_bytes: u64,
+    /// What is held in memory besides the mapped weights: a name and its length.
+    memory: Vec<(&'static str, u64)>,
+    /// Floating-point operations, at most.
+    operations: f64,
+    targets: Option<(usize, usize)>,
+}
+
+impl Plan {
+    /// The whole job.
+    ///
+    /// # Errors
+    /// When the side files cannot be listed.
+    pub(super) fn of_job(
+        checkpoint: &Checkpoint,
+        search: &Search,
+        prepared: &Prepared<'_>,
+        output: &Output,
+    ) -> Result<Self, Failure> {
+        let mut plan = Self::of_copy(checkpoint, output)?;
+        let elements = prepared.target_elements();
+        plan.targets = Some((prepared.target_count(), elements));
+        let one = 4 * elements as u64;
+        match prepared.model() {
+            None => plan.memory.push(("1 copy of the targets in f32", one)),
+            Some((decoder, rows)) => {
+                let copies = match &search.settings {
+                    Settings::Random(_) => ("3 copies of the targets in f32", 3 * one),
+                    _ => ("7 copies of the targets in f32", 7 * one),
+                };
+                let longest = longest_row(rows).max(PACK_TOKENS);
+                plan.memory.push(copies);
+                plan.memory
+                    .push(("activations", decoder.activation_bytes(longest) as u64));
+                plan.memory.push(("logits", 2 * LOGITS_BYTES));
+                plan.operations = operations(checkpoint, search, decoder, elements, rows);
+            }
+        }
+        for source in prepared.data() {
+            plan.reads
+                .push((format!("{} rows of {}", source.rows, source.name), 0));
+        }
+        Ok(plan)
+    }
+
+    /// The addition of a perturbation from a file.
+    ///
+    /// # Errors
+    /// When the side files cannot be listed.
+    pub(super) fn of_addition(
+        checkpoint: &Checkpoint,
+        perturbation: &Perturbation,
+        output: &Output,
+    ) -> Result<Self, Failure> {
+        let mut plan = Self::of_copy(checkpoint, output)?;
+        let elements = perturbation.deltas().map(|delta| delta.elements()).sum();
+        plan.targets = Some((perturbation.deltas().len(), elements));
+        plan.reads.push((
+            perturbation.path().display().to_string(),
+            perturbation.file().length() as u64,
+        ));
+        Ok(plan)
+    }
+
+    fn of_copy(checkpoint: &Checkpoint, output: &Output) -> Result<Self, Failure> {
+        let target = output.target().display().to_string();
+        let weights = |name: &str, bytes: usize| (name.to_owned(), bytes as u64);
+        let side_files = checkpoint.side_files()?;
+        let mut reads: Vec<_> = checkpoint
+            .files()
+            .iter()
+            .map(|shard| weights(&shard.name, shard.file.length()))
+            .collect();
+        for file in &side_files.copied {
+            let length = std::fs::metadata(&file.path).map_or(0, |metadata| metadata.len());
+            reads.push((file.name.clone(), length));
+        }
+        let writes = match checkpoint.layout() {
+            Layout::LoneFile => {
+                let mut writes = vec![target.clone()];
+                writes.push(manifest_path(output.target()).display().to_string());
+                if output.is_signed() {
+                    writes.push(signature_path(output.target()).display().to_string());
+                }
+                writes
+            }
+            _ => {
+                let names = reads.iter().map(|(name, _)| name.as_str());
+                let signature = output.is_signed().then_some("model.sig");
+                names
+                    .chain(["panacea.manifest.json"])
+                    .chain(signature)
+                    .map(|name| format!("{target}/{name}"))
+                    .collect()
+            }
+        };
+        Ok(Self {
+            output: target,
+            reads,
+            writes,
+            written_bytes: copied_bytes(checkpoint)?,
+            memory: vec![(
+                "chunks being patched",
+                8 * panacea_formats::CHUNK_BYTES as u64,
+            )],
+            operations: 0.0,
+            targets: None,
+        })
+    }
+
+    /// Prints it.
+    ///
+    /// # Errors
+    /// When stdout cannot be written to.
+    pub(super) fn print(&self, command: &'static str, reporter: &Reporter) -> Result<(), Failure> {
+        let mut table = Table::new();
+        table.heading("dry run: nothing was written");
+        if let Some((count, elements)) = self.targets {
+            table.row("targets", format!("{elements} elements in {count} tensors"));
+        }
+        for (name, length) in &self.reads {
+            table.row("reads", sized(name, *length));
+        }
+        table.row(
+            "writes",
+            format!("{} and a manifest", bytes(self.written_bytes)),
+        );
+        for name in &self.writes {
+            table.row("", name);
+        }
+        let memory: u64 = self.memory.iter().map(|(_, length)| length).sum();
+        table.row(
+            "memory",
+            format!("about {} besides the mapped weights", bytes(memory)),
+        );
+        for (name, length) in &self.memory {
+            table.row("", sized(name, *length));
+        }
+        if self.operations > 0.0 {
+            table.row(
+                "work",
+                format!(
+                    "at most about {} floating-point operations",
+                    number(self.operations)
+                ),
+            );
+        }
+        let report = Report {
+            output: Some(self.output.clone()),
+            plan: Some(self.to_json(memory)),
+            ..Report::of(command)
+        };
+        reporter.result(report, &table)
+    }
+
+    fn to_json(&self, memory: u64) -> Value {
+        let named = |list: &[(String, u64)]| -> Vec<Value> {
+            list.iter()
+                .map(|(name, bytes)| json!({"name": name, "bytes": bytes}))
+                .collect()
+        };
+        let parts: Vec<(String, u64)> = self
+            .memory
+            .iter()
+            .map(|(name, bytes)| ((*name).to_owned(), *bytes))
+            .collect();
+        json!({
+            "reads": named(&self.reads),
+            "writes": self.writes,
+            "written_bytes": self.written_bytes,
+            "memory_bytes": memory,
+            "memory": named(&parts),
+            "operations": self.operations,
+            "targets": self.targets.map(|(count, _)| count),
+            "target_elements": self.targets.map(|(_, elements)| elements),
+        })
+    }
+}
+
+fn sized(name: &str, length: u64) -> String {
+    match length {
+        0 => name.to_owned(),
+        _ => format!("{name}, {}", bytes(length)),
+    }
+}
+
+fn longest_row(rows: &Rows) -> usize {
+    [&rows.harmful, &rows.refusals, &rows.task, &rows.benign]
+        .into_iter()
+        .flatten()
+        .map(|row| row.tokens.len())
+        .max()
+        .unwrap_or(0)
+}
+
+/// Tokens that are computed, and how many of them predict one whose loss counts.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tokens {
+    all: f64,
+    predicted: f64,
+}
+
+impl Tokens {
+    /// As many as `count` rows of `rows` have, by the mean.
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    fn of(rows: &[EncodedRow], count: usize) -> Self {
+        if rows.is_empty() {
+            return Self::default();
+        }
+        let share = count as f64 / rows.len() as f64;
+        let all: usize = rows.iter().map(|row| row.tokens.len()).sum();
+        let predicted: usize = rows.iter().map(EncodedRow::predicted).sum();
+        Self {
+            all: all as f64 * share,
+            predicted: predicted as f64 * share,
+        }
+    }
+
+    fn whole(rows: &[EncodedRow]) -> Self {
+        Self::of(rows, rows.len())
+    }
+}
+
+/// Floating-point operations of matrix products, two for each weight and token: forward once, backward once more for inputs and
+/// once for targets; the head at predicted tokens only.
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+fn operations(
+    checkpoint: &Checkpoint,
+    search: &Search,
+    decoder: &Decoder<'_>,
+    target_elements: usize,
+    rows: &Rows,
+) -> f64 {
+    let config = decoder.config();
+    let head = config.vocab_size as f64 * config.hidden_size as f64;
+    let blocks: usize = checkpoint
+        .tensors()
+        .filter(|tensor| {
+            tensor.shape.len() == 2 && tensor.shape != [config.vocab_size, config.hidden_size]
+        })
+        .map(|tensor| tensor.elements())
+        .sum();
+    let (blocks, targets) = (blocks as f64, target_elements as f64);
+    let forward = |tokens: Tokens| 2.0 * blocks * tokens.all + 2.0 * head * tokens.predicted;
+    let gradient = |tokens: Tokens| {
+        (4.0 * blocks + 2.0 * targets) * tokens.all + 4.0 * head * tokens.predicted
+    };
+    let trial = forward(Tokens::whole(&rows.benign))
+        + forward(Tokens::of(&rows.task, rows.task.len().min(TASK_ROWS)));
+    let radius_search = |radius: Radius| match radius {
+        Radius::Auto(_) => (TRIALS + 1.0) * trial,
+        Radius::Fixed(_) => 0.0,
+    };
+    match &search.settings {
+        Settings::Adaptive(adaptive) => {
+            let batch = |rows: &[EncodedRow]| gradient(Tokens::of(rows, adaptive.batch));
+            let guard = match rows.task.is_empty() {
+                true => batch(&rows.benign),
+                false => batch(&rows.task),
+            };
+            let held = (rows.harmful.len() / 4).clamp(1, 24);
+            let look = forward(Tokens::of(&rows.harmful, held))
+                + forward(Tokens::of(&rows.refusals, held));
+            adaptive.steps as f64 * (batch(&rows.harmful) + batch(&rows.refusals) + guard + look)
+                + adaptive.repair_steps as f64 * guard
+                + 2.0 * (look + trial)
+                + radius_search(adaptive.rho)
+        }
+        Settings::Panacea(panacea) => {
+            let batch = |rows: &[EncodedRow]| gradient(Tokens::of(rows, panacea.batch));
+            let whole = Tokens::whole(&rows.harmful);
+            let first = match panacea.rho {
+                Radius::Auto(_) => gradient(whole),
+                Radius::Fixed(_) => 0.0,
+            };
+            panacea.steps as f64 * (batch(&rows.task) + 2.0 * batch(&rows.harmful))
+                + gradient(whole)
+                + forward(whole)
+                + first
+                + radius_search(panacea.rho)
+        }
+        Settings::Random(random) => radius_search(random.rho),
+    }
+}
+
+/// Tokens that the optimizer computes together.
+const PACK_TOKENS: usize = 512;
+
+/// Logits that exist at a time; two such buffers do.
+const LOGITS_BYTES: u64 = 24 << 20;
+
+/// Radii that a search tries at most: 13 doublings or halvings and 4 bisections.
+const TRIALS: f64 = 17.0;
+
+/// Task rows that a search looks at.
+const TASK_ROWS: usize = 64;
