@@ -12,6 +12,7 @@ use panacea_patch::optimize::{
     Random, Rows, Settings, State, StepRecord, Unobserved, optimize,
 };
 
+#[expect(dead_code, reason = "the decoder's own tests use the rest")]
 mod common;
 use common::{Stored, oracle};
 

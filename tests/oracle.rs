@@ -4,6 +4,16 @@
 //! add the same numbers in another order, so a few units in the last place of the largest value are allowed: 1e-4
 //! relative to each tensor's norm is the bar, and what is seen is printed.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    reason = "counts of a few tokens, and steps whose last bits do not matter"
+)]
+#![expect(
+    clippy::print_stdout,
+    reason = "how far off the worst gradient is, for --nocapture"
+)]
+
 use std::path::{Path, PathBuf};
 
 use panacea_patch::model::{
@@ -11,7 +21,7 @@ use panacea_patch::model::{
 };
 
 mod common;
-use common::{Stored, oracle};
+use common::{Stored, oracle, relative_error};
 
 /// Every projection matrix.
 const ALL: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
@@ -333,17 +343,4 @@ fn kl(p: &[f32], q: &[f32]) -> f64 {
             p.exp() * (p - q)
         })
         .sum()
-}
-
-/// |found - wanted| / |wanted|.
-fn relative_error(found: &[f32], wanted: &[f32]) -> f64 {
-    assert_eq!(found.len(), wanted.len());
-    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    let difference = norm(
-        &mut found
-            .iter()
-            .zip(wanted)
-            .map(|(a, b)| f64::from(*a) - f64::from(*b)),
-    );
-    difference / norm(&mut wanted.iter().map(|x| f64::from(*x)))
 }

@@ -1,6 +1,5 @@
 //! What several test files share: where the fixtures are, and plain readers for them that use none of the code under test.
 
-#![expect(dead_code, reason = "each test file uses a part")]
 #![expect(
     unreachable_pub,
     reason = "a module of every test file, not an interface"
@@ -84,4 +83,17 @@ impl Stored {
             .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
             .collect()
     }
+}
+
+/// |found - wanted| / |wanted|, in the Euclidean norm.
+pub fn relative_error(found: &[f32], wanted: &[f32]) -> f64 {
+    assert_eq!(found.len(), wanted.len());
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(
+        &mut found
+            .iter()
+            .zip(wanted)
+            .map(|(a, b)| f64::from(*a) - f64::from(*b)),
+    );
+    difference / norm(&mut wanted.iter().map(|x| f64::from(*x)))
 }

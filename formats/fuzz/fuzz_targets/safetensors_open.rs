@@ -13,8 +13,14 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let mut end = file.header_bytes().len();
     for tensor in file.tensors() {
-        assert_eq!(tensor.elements() * tensor.dtype.bits(), tensor.bytes.len() * 8);
-        assert_eq!(file.tensor(tensor.name).map(|found| found.bytes), Some(tensor.bytes));
+        assert_eq!(
+            tensor.elements() * tensor.dtype.bits(),
+            tensor.bytes.len() * 8
+        );
+        assert_eq!(
+            file.tensor(tensor.name).map(|found| found.bytes),
+            Some(tensor.bytes)
+        );
         end += tensor.bytes.len();
         if tensor.dtype.is_patchable() {
             let mut wide = vec![0.0; tensor.elements()];
