@@ -110,6 +110,34 @@ fn modes_come_from_the_umask() {
 }
 
 #[test]
+fn a_check_refuses_what_would_be_refused_and_writes_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let target = root.path().join("out");
+    OutputDir::check(&target, Overwrite::Never, &[], 1).unwrap();
+    OutputFile::check(&target, Overwrite::Never, &[], 1).unwrap();
+    assert_eq!(names(root.path()).len(), 0);
+    assert!(matches!(
+        kind(OutputFile::check(&target, Overwrite::Never, &[], u64::MAX)),
+        OutputErrorKind::NotEnoughSpace { .. }
+    ));
+    assert!(matches!(
+        kind(OutputDir::check(
+            &target,
+            Overwrite::Never,
+            &[root.path()],
+            1
+        )),
+        OutputErrorKind::OverlapsInput { .. }
+    ));
+    fs::create_dir(&target).unwrap();
+    assert!(matches!(
+        kind(OutputDir::check(&target, Overwrite::Never, &[], 1)),
+        OutputErrorKind::Exists
+    ));
+    OutputDir::check(&target, Overwrite::Replace, &[], 1).unwrap();
+}
+
+#[test]
 fn nothing_is_replaced_unless_asked() {
     let root = tempfile::tempdir().unwrap();
     let file = root.path().join("file");

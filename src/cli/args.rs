@@ -117,6 +117,10 @@ pub(crate) struct OptimizeArgs {
     #[arg(long, help_heading = OUTPUT)]
     pub(crate) force: bool,
 
+    /// Check everything that can be checked, print what would be read, computed and written, and write nothing.
+    #[arg(long, help_heading = OUTPUT)]
+    pub(crate) dry_run: bool,
+
     #[command(flatten)]
     pub(crate) data: DataArgs,
     #[command(flatten)]

@@ -301,6 +301,9 @@ impl From<DataError> for Failure {
             DataErrorKind::Io(reason) if reason.kind() == io::ErrorKind::NotFound => {
                 Some("check the path".to_owned())
             }
+            DataErrorKind::Io(reason) if reason.kind() == io::ErrorKind::PermissionDenied => {
+                Some("ask for permission to read it".to_owned())
+            }
             DataErrorKind::Io(_) => None,
             DataErrorKind::OtherFormat(_) => {
                 Some("unpack or convert it to JSON lines first".to_owned())

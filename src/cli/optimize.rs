@@ -12,6 +12,7 @@ use super::error::{Exit, Failure};
 use super::find::{self, Found};
 use super::interrupt;
 use super::output::{default_perturbation, files_json};
+use super::plan::Plan;
 use super::report::{Report, Reporter, Saver, Table, bytes, number, percent};
 use super::settings::Search;
 
@@ -39,6 +40,10 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
     let prepared = find::prepare(&checkpoint, &search, &args.work, reporter)?;
     let size = 4 * prepared.target_elements() as u64 + HEADER_ROOM;
     OutputFile::check(&target, overwrite, &inputs, size)?;
+    if args.dry_run {
+        return Plan::of_search(&checkpoint, &search, &prepared, &target, size)
+            .print("optimize", reporter);
+    }
 
     let state = State::beside(&target, &args.work);
     let resumed = state.resumed(&prepared.identity(), reporter)?;

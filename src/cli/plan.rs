@@ -1,7 +1,9 @@
 //! `--dry-run`: what a run would read, compute, hold in memory and write. Everything that can be refused was refused before.
 //!
-//! Bytes are exact but for the manifest. Memory and work are estimates from above: a search for a radius may end early, and so may
+//! Bytes are exact but for those of manifest and signature, which are not counted. Memory and work are estimates from above: a search for a radius may end early, and so may
 //! the steps.
+
+use std::path::Path;
 
 use panacea_formats::{Checkpoint, Layout, Perturbation, copied_bytes};
 use panacea_patch::manifest::{manifest_path, signature_path};
@@ -43,6 +45,36 @@ impl Plan {
         output: &Output,
     ) -> Result<Self, Failure> {
         let mut plan = Self::of_copy(checkpoint, output)?;
+        plan.add_search(checkpoint, search, prepared);
+        Ok(plan)
+    }
+
+    /// The search alone, whose perturbation of `size` bytes goes to `target`.
+    pub(super) fn of_search(
+        checkpoint: &Checkpoint,
+        search: &Search,
+        prepared: &Prepared<'_>,
+        target: &Path,
+        size: u64,
+    ) -> Self {
+        let weights = checkpoint.files().iter();
+        let mut plan = Self {
+            output: target.display().to_string(),
+            reads: weights
+                .map(|shard| (shard.name.clone(), shard.file.length() as u64))
+                .collect(),
+            writes: vec![target.display().to_string()],
+            written_bytes: size,
+            memory: Vec::new(),
+            operations: 0.0,
+            targets: None,
+        };
+        plan.add_search(checkpoint, search, prepared);
+        plan
+    }
+
+    fn add_search(&mut self, checkpoint: &Checkpoint, search: &Search, prepared: &Prepared<'_>) {
+        let plan = self;
         let elements = prepared.target_elements();
         plan.targets = Some((prepared.target_count(), elements));
         let one = 4 * elements as u64;
@@ -63,11 +95,10 @@ impl Plan {
         }
         for source in prepared.data() {
             plan.reads.push((
-                format!("{} {} rows of {}", source.rows, source.role, source.name),
+                format!("{} rows of {} ({})", source.rows, source.name, source.role),
                 0,
             ));
         }
-        Ok(plan)
     }
 
     /// The addition of a perturbation from a file.
@@ -148,10 +179,7 @@ impl Plan {
         for (name, length) in &self.reads {
             table.row("reads", sized(name, *length));
         }
-        table.row(
-            "writes",
-            format!("{} and a manifest", bytes(self.written_bytes)),
-        );
+        table.row("writes", bytes(self.written_bytes));
         for name in &self.writes {
             table.row("", name);
         }
