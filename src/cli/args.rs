@@ -23,6 +23,7 @@ use super::error::chain;
 #[command(
     name = "panacea-patch",
     version,
+    propagate_version = true,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     arg_required_else_help = true,
@@ -57,9 +58,12 @@ pub(crate) enum Command {
         /// The shell.
         shell: Shell,
     },
-    /// Print the manual page, in roff.
+    /// Print the manual page, in roff: of the program, or of a subcommand.
     #[command(hide = true)]
-    Man,
+    Man {
+        /// The subcommand.
+        subcommand: Option<String>,
+    },
 }
 
 /// The whole job.
@@ -321,15 +325,15 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "NUMBER", value_parser = not_negative, allow_negative_numbers = true)]
     pub(crate) alpha: Option<f64>,
 
-    /// Harmful loss above which a batch no longer pushes away from compliance, in nats per token [adaptive].
+    /// Loss above which a token of an opening is unlikely enough to be left alone, in nats [adaptive].
     #[arg(long, value_name = "NATS", value_parser = positive, allow_negative_numbers = true)]
     pub(crate) cap: Option<f64>,
 
-    /// Length of a step, as a share of the norm of the targets [adaptive].
-    #[arg(long, value_name = "SHARE", value_parser = positive, allow_negative_numbers = true)]
+    /// Length of a step, in the weights' unit [adaptive; default: found from the first gradient].
+    #[arg(long, value_name = "LENGTH", value_parser = positive, allow_negative_numbers = true)]
     pub(crate) step_length: Option<f64>,
 
-    /// Steps after the last, back towards the task or the benign text [adaptive].
+    /// Steps back towards the task and the benign text, after each run of the others [adaptive].
     #[arg(long, value_name = "N")]
     pub(crate) repair_steps: Option<usize>,
 

@@ -110,6 +110,68 @@ impl Failure {
     }
 }
 
+impl Failure {
+    /// What clap says of a command line, in three parts. `first` is the first word after the program's name.
+    pub(crate) fn of_command_line(error: &clap::Error, first: Option<&str>) -> Self {
+        let text = error.to_string();
+        let mut lines = text.lines();
+        let headline = lines.next().unwrap_or_default();
+        let headline = headline.strip_prefix("error: ").unwrap_or(headline);
+        let mut because = Vec::new();
+        let mut hint = None;
+        // The reason may run over several lines, until the empty one before the usage.
+        let mut part = &mut because;
+        let mut tips = Vec::new();
+        for line in lines {
+            let line = line.trim();
+            if line.starts_with("Usage:") || line.starts_with("For more information") {
+                break;
+            } else if let Some(tip) = line.strip_prefix("tip: ") {
+                tips.push(tip);
+                part = &mut tips;
+            } else if !line.is_empty() {
+                part.push(line);
+            }
+        }
+        let mut headline = headline.to_owned();
+        let mut because = because.join(" ");
+        if let Some((what, why)) = headline.clone().split_once("': ") {
+            because = format!("{why} {because}").trim().to_owned();
+            headline = format!("{what}'");
+        }
+        if !tips.is_empty() {
+            hint = Some(tips.join("; "));
+        }
+        let slip = first.filter(|word| !COMMANDS.contains(word));
+        if let Some(command) = slip.and_then(|word| panacea_formats::nearest(word, COMMANDS)) {
+            hint = Some(format!(
+                "if a subcommand was meant, it is `panacea-patch {command}`"
+            ));
+        }
+        let command = first
+            .filter(|word| COMMANDS.contains(word))
+            .map(|word| format!("{word} "))
+            .unwrap_or_default();
+        Self {
+            because: (!because.is_empty()).then_some(because),
+            ..Self::usage(headline.trim_end_matches(':'))
+        }
+        .hint(hint.unwrap_or_else(|| format!("see `panacea-patch {command}--help`")))
+    }
+}
+
+/// The subcommands, for slips in them.
+const COMMANDS: [&str; 8] = [
+    "optimize",
+    "apply",
+    "verify",
+    "inspect",
+    "keygen",
+    "sign",
+    "completions",
+    "man",
+];
+
 /// An error and its sources, from the nearest to the last.
 pub(super) fn chain(error: &dyn Error) -> String {
     let mut said = error.to_string();
@@ -185,16 +247,6 @@ fn format_hint(error: &FormatError) -> Option<String> {
 
 /// A path that does not exist may be a subcommand with a slip in it.
 fn missing_path_hint(path: &Path) -> Option<String> {
-    const COMMANDS: [&str; 8] = [
-        "optimize",
-        "apply",
-        "verify",
-        "inspect",
-        "keygen",
-        "sign",
-        "completions",
-        "man",
-    ];
     let name = path.to_str()?;
     match panacea_formats::nearest(name, COMMANDS) {
         Some(command) => Some(format!(
@@ -263,7 +315,7 @@ impl From<DataError> for Failure {
                 Some("correct what follows `#`, or leave it out to take all rows".to_owned())
             }
             DataErrorKind::Rows(problems) => problems
-                .listed
+                .all()
                 .iter()
                 .find_map(|problem| row_hint(&problem.kind)),
             _ => None,
@@ -274,6 +326,9 @@ impl From<DataError> for Failure {
 
 fn row_hint(problem: &RowProblem) -> Option<String> {
     match problem {
+        RowProblem::NotAnObject(_) => Some(
+            "each row is an object, such as {\"prompt\": \"...\", \"target\": \"...\"}".to_owned(),
+        ),
         RowProblem::MarkedSafe => {
             Some("add `#is_safe=false` to the path to leave such rows out".to_owned())
         }
@@ -318,7 +373,7 @@ impl From<EncodeError> for Failure {
             EncodeError::NoResponseLeft { .. } => Some("raise --max-length, or drop these rows"),
             _ => None,
         };
-        Self::of(exit, &error).maybe_hint(hint)
+        Self::doing(exit, "rows cannot be turned into tokens", &error).maybe_hint(hint)
     }
 }
 
@@ -416,21 +471,30 @@ impl From<ApplyError> for Failure {
 impl Failure {
     /// A perturbation for other weights.
     pub(crate) fn of_base(problems: &Problems<BaseProblem>) -> Self {
-        let patched = problems
-            .all()
-            .iter()
-            .all(|problem| matches!(problem, BaseProblem::Digest { .. }));
-        let hint = if patched {
-            "give the very checkpoint that the perturbation was made for; this one may be patched already"
-        } else {
-            "give the very checkpoint that the perturbation was made for"
-        };
-        Self::doing(
+        let failure = Self::doing(
             Exit::Refused,
             "the perturbation was made for other weights",
             problems,
-        )
-        .hint(hint)
+        );
+        let mut other_values = Vec::new();
+        for problem in problems.all() {
+            match problem {
+                BaseProblem::Digest { tensor, .. } => other_values.push(tensor),
+                _ => {
+                    return failure
+                        .hint("give the very checkpoint that the perturbation was made for");
+                }
+            }
+        }
+        // Two digests for each tensor would tell a reader no more.
+        let count = other_values.len();
+        let first = other_values.first().map_or("", |tensor| tensor.as_str());
+        failure
+            .because(format!(
+                "{count} of its tensors hold other values here, the first of them `{}`",
+                panacea_formats::shown(first)
+            ))
+            .hint("give the very checkpoint that the perturbation was made for; this one may be patched already")
     }
 }
 
@@ -445,21 +509,37 @@ impl From<PerturbationWriteError> for Failure {
 
 impl From<KeyError> for Failure {
     fn from(error: KeyError) -> Self {
-        let (exit, hint) = match &error {
-            KeyError::Io { source, .. } => (
-                exit_of(source),
-                (source.kind() == io::ErrorKind::NotFound)
-                    .then_some("check the path, or make a pair with `panacea-patch keygen NAME`"),
-            ),
-            KeyError::Exists { .. } => (Exit::Refused, Some("choose another name")),
-            KeyError::Refused { .. } => (
+        let keygen = "make a pair with `panacea-patch keygen NAME`";
+        match &error {
+            KeyError::Io { source, .. } => {
+                let missing = source.kind() == io::ErrorKind::NotFound;
+                let hint = missing.then(|| format!("check the path, or {keygen}"));
+                Self::of(exit_of(source), &error).maybe_hint(hint)
+            }
+            KeyError::Exists { .. } => {
+                Self::doing(Exit::Refused, "no pair of keys was made", &error)
+                    .hint("choose another name")
+            }
+            KeyError::NoRandomness { .. } => Self::of(Exit::Environment, &error),
+            KeyError::Refused {
+                path: Some(path),
+                found,
+            } => Self::new(
                 Exit::Refused,
-                Some("make a pair with `panacea-patch keygen NAME`"),
-            ),
-            KeyError::NoRandomness { .. } => (Exit::Environment, None),
-            _ => (Exit::Refused, None),
-        };
-        Self::of(exit, &error).maybe_hint(hint)
+                format!("cannot use the key `{}`", path.display()),
+            )
+            .because(format!("found {}", panacea_formats::shown(found)))
+            .hint(if found.contains("private key, where") {
+                "give the public half, which `keygen` names `.pub.pem`".to_owned()
+            } else if found.contains("public key, where") {
+                "give the private half, which `keygen` names `.pem`".to_owned()
+            } else {
+                format!(
+                    "only ECDSA keys on P-256 or P-384 that are not encrypted can be used; {keygen}"
+                )
+            }),
+            _ => Self::doing(Exit::Refused, "cannot use the key", &error).hint(keygen),
+        }
     }
 }
 
@@ -554,6 +634,21 @@ mod tests {
         assert_eq!(failure.exit, Exit::Environment);
         assert_eq!(failure.error, "cannot read `m`");
         assert_eq!(failure.because.as_deref(), Some("permission denied"));
+    }
+
+    #[test]
+    fn a_budget_that_nothing_keeps_is_a_no() {
+        let failure = Failure::from(OptimizeError::Budget {
+            smallest: 1e-3,
+            divergence: 0.5,
+            budget: 0.1,
+        });
+        assert_eq!(failure.exit, Exit::SaidNo);
+        assert!(
+            failure
+                .hint
+                .is_some_and(|hint| hint.contains("--kl-budget"))
+        );
     }
 
     #[test]

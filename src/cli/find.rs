@@ -81,8 +81,11 @@ pub(super) fn prepare<'c>(
     let config_path = required_side_file(checkpoint, "config.json")?;
     let config = read_config(&config_path)?;
     let sets = Sets::open(&search.paths)?;
-    let files = TokenizerFiles::find(|name| checkpoint.side_file(name))
-        .map_err(|error| Failure::from(error).because(looked_in(checkpoint)))?;
+    let files =
+        TokenizerFiles::find(|name| checkpoint.side_file(name)).map_err(|error| Failure {
+            error: error.to_string(),
+            ..Failure::from(error).because(looked_in(checkpoint))
+        })?;
     let encoder = Encoder::open(
         &files,
         search.template,
@@ -414,15 +417,10 @@ fn encode(encoder: &Encoder, sets: &Sets, used: &[(Set, DataSource)]) -> Result<
             },
         };
         let encoded: Vec<EncodedRow> = encoder.encode(examples).map_err(|error| {
-            let failure = Failure::from(error);
-            let reason = match &failure.because {
-                Some(because) => format!("{}: {because}", failure.error),
-                None => failure.error.clone(),
-            };
+            let error_text = format!("the {set} rows of `{}` cannot be used", shown(&source.name));
             Failure {
-                error: format!("the {set} rows of `{}` cannot be used", shown(&source.name)),
-                because: Some(reason),
-                ..failure
+                error: error_text,
+                ..Failure::from(error)
             }
         })?;
         match set {

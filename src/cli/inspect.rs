@@ -9,7 +9,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use panacea_formats::json::parse_strict;
 use panacea_formats::{
-    Checkpoint, FormatError, Layout, Perturbation, SafetensorsFile, TensorView, shown,
+    Checkpoint, FormatError, FormatErrorKind, Layout, Perturbation, SafetensorsFile, TensorView,
+    shown,
 };
 use panacea_patch::manifest::{Statement, manifest_path, signature_path};
 use panacea_patch::model::TargetSelection;
@@ -72,7 +73,16 @@ fn checkpoint(
     selection: Option<&TargetSelection>,
     table: &mut Table,
 ) -> Result<Value, Failure> {
-    let checkpoint = Checkpoint::open(path)?;
+    let checkpoint = Checkpoint::open(path).map_err(|error| {
+        let unsound = matches!(error.kind, FormatErrorKind::Safetensors(_));
+        let failure = Failure::from(error);
+        match unsound && path.extension().is_none_or(|it| it != "safetensors") && path.is_file() {
+            true => failure.hint(
+                "give a checkpoint, a perturbation, a manifest (`.json`) or a signature (`.sig`)",
+            ),
+            false => failure,
+        }
+    })?;
     let tensors: Vec<TensorView<'_>> = checkpoint.tensors().collect();
     let parameters: usize = tensors.iter().map(TensorView::elements).sum();
     let layout = match checkpoint.layout() {

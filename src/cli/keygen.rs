@@ -30,7 +30,7 @@ pub(super) fn run(args: &KeygenArgs, reporter: &Reporter) -> Result<(), Failure>
         "public",
         format!("{}: give it to those who verify", paths.public.display()),
     );
-    table.row("called", digest.to_string());
+    table.row("key", digest.to_string());
     let report = Report {
         found: Some(json!({
             "curve": curve.to_string(),

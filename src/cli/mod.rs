@@ -32,8 +32,11 @@ pub(crate) fn main() -> ExitCode {
     let exit = match Cli::try_parse() {
         Ok(cli) => run(&cli),
         Err(error) => {
-            let json = std::env::args_os().any(|word| word == "--json");
-            report::command_line(&error, json)
+            let words: Vec<String> = std::env::args_os()
+                .skip(1)
+                .map(|word| word.to_string_lossy().into_owned())
+                .collect();
+            report::command_line(&error, &words)
         }
     };
     ExitCode::from(exit as u8)
@@ -50,7 +53,7 @@ fn run(cli: &Cli) -> Exit {
         Some(Command::Keygen(args)) => ("keygen", &args.run),
         Some(Command::Sign(args)) => ("sign", &args.run),
         Some(Command::Completions { .. }) => ("completions", &none),
-        Some(Command::Man) => ("man", &none),
+        Some(Command::Man { .. }) => ("man", &none),
     };
     let reporter = Reporter::new(run_args);
     match start_threads(run_args).and_then(|()| dispatch(cli, &reporter)) {
@@ -90,14 +93,25 @@ fn dispatch(cli: &Cli, reporter: &Reporter) -> Result<(), Failure> {
             clap_complete::generate(*shell, &mut Cli::command(), "panacea-patch", &mut text);
             reporter.text(&String::from_utf8_lossy(&text))
         }
-        Some(Command::Man) => {
-            let mut text = Vec::new();
-            clap_mangen::Man::new(Cli::command())
-                .render(&mut text)
-                .map_err(|error| {
-                    Failure::doing(Exit::Environment, "the manual cannot be written", &error)
-                })?;
-            reporter.text(&String::from_utf8_lossy(&text))
-        }
+        Some(Command::Man { subcommand }) => reporter.text(&manual(subcommand.as_deref())?),
     }
+}
+
+fn manual(subcommand: Option<&str>) -> Result<String, Failure> {
+    let mut command = Cli::command();
+    // Gives each subcommand its whole name.
+    command.build();
+    if let Some(name) = subcommand {
+        command = command.find_subcommand(name).cloned().ok_or_else(|| {
+            Failure::usage(format!("there is no subcommand `{name}`"))
+                .hint("see `panacea-patch --help`")
+        })?;
+    }
+    let mut text = Vec::new();
+    clap_mangen::Man::new(command)
+        .render(&mut text)
+        .map_err(|error| {
+            Failure::doing(Exit::Environment, "the manual cannot be written", &error)
+        })?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }

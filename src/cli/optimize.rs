@@ -12,7 +12,7 @@ use super::error::{Exit, Failure};
 use super::find::{self, Found};
 use super::interrupt;
 use super::output::{default_perturbation, files_json};
-use super::report::{Report, Reporter, Saver, Table, bytes, number};
+use super::report::{Report, Reporter, Saver, Table, bytes, number, percent};
 use super::settings::Search;
 
 pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failure> {
@@ -163,14 +163,13 @@ impl State {
 
 /// What people read of a search.
 pub(super) fn describe(found: &Found, table: &mut Table) {
+    let steps = match found.steps.len() {
+        0 => String::new(),
+        steps => format!(", {steps} steps"),
+    };
     table.row(
         "method",
-        format!(
-            "{}, {} steps, seed {}",
-            found.record.method,
-            found.steps.len(),
-            found.record.seed
-        ),
+        format!("{}{steps}, seed {}", found.record.method, found.record.seed),
     );
     table.row(
         "perturbation",
@@ -183,7 +182,10 @@ pub(super) fn describe(found: &Found, table: &mut Table) {
     );
     for source in &found.record.data {
         table.row(
-            format!("{} rows", source.role),
+            match source.role.as_str() {
+                "refusals" => "refusals".to_owned(),
+                role => format!("{role} rows"),
+            },
             format!(
                 "{} of {}",
                 source.rows,
@@ -195,7 +197,12 @@ pub(super) fn describe(found: &Found, table: &mut Table) {
         table.row("radii tried", found.radii.len().to_string());
     }
     for (name, value) in &found.results {
-        table.row(name.replace('_', " "), number(*value));
+        let value = match *name {
+            name if name.starts_with("refusing") => percent(*value),
+            "held_back" => format!("{value} requests"),
+            _ => number(*value),
+        };
+        table.row(name.replace('_', " "), value);
     }
 }
 

@@ -62,8 +62,10 @@ impl Plan {
             }
         }
         for source in prepared.data() {
-            plan.reads
-                .push((format!("{} rows of {}", source.rows, source.name), 0));
+            plan.reads.push((
+                format!("{} {} rows of {}", source.rows, source.role, source.name),
+                0,
+            ));
         }
         Ok(plan)
     }
@@ -279,15 +281,14 @@ fn operations(
     match &search.settings {
         Settings::Adaptive(adaptive) => {
             let batch = |rows: &[EncodedRow]| gradient(Tokens::of(rows, adaptive.batch));
-            let guard = match rows.task.is_empty() {
-                true => batch(&rows.benign),
-                false => batch(&rows.task),
-            };
+            let guards = batch(&rows.benign) + batch(&rows.task);
             let held = (rows.harmful.len() / 4).clamp(1, 24);
             let look = forward(Tokens::of(&rows.harmful, held))
                 + forward(Tokens::of(&rows.refusals, held));
-            adaptive.steps as f64 * (batch(&rows.harmful) + batch(&rows.refusals) + guard + look)
-                + adaptive.repair_steps as f64 * guard
+            let contrast = batch(&rows.harmful) + batch(&rows.refusals) + guards + look;
+            // Each run of contrast steps, of which there may be as many as steps, is followed by repair.
+            let repair = adaptive.repair_steps as f64 * guards + look;
+            adaptive.steps as f64 * (contrast + repair)
                 + 2.0 * (look + trial)
                 + radius_search(adaptive.rho)
         }

@@ -30,6 +30,7 @@ pub(super) struct Reporter {
 /// What a command has to tell, as `--json` prints it. What a command has not is absent.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Report {
+    /// Empty where the command line was not understood.
     pub(super) command: &'static str,
     /// The exit code.
     pub(super) exit_code: u8,
@@ -140,24 +141,30 @@ impl Reporter {
     }
 }
 
-/// Prints what clap made of a command line: help and version on stdout, refusals on stderr, and as JSON where that was asked for.
-pub(super) fn command_line(error: &clap::Error, json: bool) -> Exit {
-    // clap knows which stream it is for; nothing can be done where that is closed.
-    let _ = error.print();
-    if !error.use_stderr() {
-        return Exit::Done;
+/// Prints what clap made of a command line: help and version as they are, a refusal in three parts.
+pub(super) fn command_line(error: &clap::Error, words: &[String]) -> Exit {
+    use clap::error::ErrorKind;
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A reader that left has read enough of it.
+            let _ = error.print();
+            Exit::Done
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            Exit::Usage
+        }
+        _ => {
+            let failure = Failure::of_command_line(error, words.first().map(String::as_str));
+            let reporter = Reporter {
+                json: words.iter().any(|word| word == "--json"),
+                quiet: false,
+                terminal: io::stderr().is_terminal(),
+            };
+            reporter.failure("", &failure);
+            Exit::Usage
+        }
     }
-    if json {
-        let first_line = error.to_string();
-        let first_line = first_line.lines().next().unwrap_or_default();
-        let message = first_line.strip_prefix("error: ").unwrap_or(first_line);
-        let _ = print_json(&Report {
-            exit_code: Exit::Usage as u8,
-            error: Some(failure_json(&Failure::usage(message))),
-            ..Report::of("")
-        });
-    }
-    Exit::Usage
 }
 
 fn failure_json(failure: &Failure) -> Value {

@@ -1,6 +1,6 @@
 //! `sign`: a signature for something that is already written.
 
-use panacea_formats::{FormatError, OutputFile, Overwrite};
+use panacea_formats::{FormatError, OutputErrorKind, OutputFile, Overwrite};
 use panacea_patch::manifest::{PrivateKey, Signature, signature_path};
 use serde_json::json;
 
@@ -19,7 +19,14 @@ pub(super) fn run(args: &SignArgs, reporter: &Reporter) -> Result<(), Failure> {
         true => Overwrite::Replace,
         false => Overwrite::Never,
     };
-    OutputFile::check(&target, overwrite, &[&args.key], 0)?;
+    OutputFile::check(&target, overwrite, &[&args.key], 0).map_err(|error| {
+        let exists = matches!(error.kind, OutputErrorKind::Exists);
+        let failure = Failure::from(error);
+        match exists {
+            true => failure.hint("pass --force to replace it"),
+            false => failure,
+        }
+    })?;
     reporter.stage(format!("hashing {}", args.path.display()));
     // Before the output is begun: what grows in the directory must not be signed.
     let signature = Signature::of(&args.path, &target, &key)?;

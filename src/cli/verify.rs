@@ -139,7 +139,19 @@ fn refused(error: VerifyError, args: &VerifyArgs, reporter: &Reporter) -> Failur
         differences,
     } = &error
     else {
-        return error.into();
+        let failure = Failure::from(error);
+        if failure.exit != Exit::SaidNo {
+            return failure;
+        }
+        let reasons = [Some(failure.error), failure.because];
+        let reasons: Vec<String> = reasons.into_iter().flatten().collect();
+        return Failure {
+            error: format!("`{}` is not verified", args.path.display()),
+            because: Some(reasons.join(": ")),
+            hint: failure.hint,
+            exit: failure.exit,
+            found: failure.found,
+        };
     };
     let lists = [
         ("missing", differences.missing.iter().collect::<Vec<_>>()),

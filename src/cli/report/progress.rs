@@ -127,6 +127,7 @@ fn step_line(record: &StepRecord, took: Duration) -> String {
         ("h(w+eps)", record.h_eps),
         ("r", record.r),
         ("g", record.g),
+        ("kl", record.kl),
         ("refusing", record.refusing),
         ("norm", Some(record.norm)),
     ] {
