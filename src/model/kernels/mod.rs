@@ -62,7 +62,7 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     tops.iter().copied().fold(rest, f32::max)
 }
 
-/// e^x for f32, within 2 units in the last place on [-87, 88]; below, it flushes to at most 1.2e-38.
+/// e^x for f32, within 2 units in the last place on [-87, 88]; below, it stays at e^-87 = 1.65e-38.
 ///
 /// Branch-free, so that loops over it vectorize: x = n ln 2 + r with |r| <= ln 2 / 2, e^r by a polynomial of degree 6,
 /// 2^n by building the exponent bits. Coefficients: Cephes `expf` (Moshier, netlib.org/cephes).
@@ -105,7 +105,7 @@ mod tests {
             x += 0.0137;
         }
         assert_eq!(exp(0.0), 1.0);
-        assert!(exp(f32::NEG_INFINITY) < 1.3e-38);
+        assert_eq!(exp(f32::NEG_INFINITY), exp(-87.0));
         assert!(exp(f32::NAN).is_nan());
     }
 
