@@ -6,8 +6,8 @@
 # PROGRAM understands `keygen NAME`, `sign TARGET --key PEM` and `verify TARGET --key PEM`: panacea-patch itself, or
 # target/debug/examples/signature. VENV is made if it is not there, with requirements-signing.txt (95 MB, from the network).
 #
-# model_signing exits 1 for a rejected signature and for a broken installation alike. So a refusal counts only with its own words
-# on stderr, and each is preceded by the same command accepting the untouched files.
+# model_signing exits 1 for a rejected signature and for a broken installation alike. So a refusal counts only with its own
+# words, and each is preceded by the same command accepting the untouched files.
 set -eu
 
 [ $# -ge 1 ] || { echo "usage: $0 PROGRAM [VENV]" >&2; exit 2; }
@@ -35,14 +35,14 @@ accepts() { # what, command...
     "$@" >output 2>&1 || fail "$what"
     checks=$((checks + 1))
 }
-refuses() { # what, words on stderr, command...
+refuses() { # what, words of the refusal, command...
     what=$1
     words=$2
     shift 2
     code=0
-    "$@" >/dev/null 2>output || code=$?
+    "$@" >output 2>&1 || code=$?
     [ "$code" -eq 1 ] || fail "$what: exit code $code, not 1"
-    grep -q "$words" output || fail "$what: no '$words' on stderr"
+    grep -q "$words" output || fail "$what: it does not say '$words'"
     checks=$((checks + 1))
 }
 theirs() { "$venv/bin/model_signing" "$@"; }
