@@ -81,9 +81,14 @@ impl Plan {
         match prepared.model() {
             None => plan.memory.push(("1 copy of the targets in f32", one)),
             Some((decoder, rows)) => {
+                // The most `TargetTensors` that the method holds at once.
                 let copies = match &search.settings {
                     Settings::Random(_) => ("3 copies of the targets in f32", 3 * one),
-                    _ => ("7 copies of the targets in f32", 7 * one),
+                    Settings::Panacea(panacea) if panacea.steps == 0 => {
+                        ("4 copies of the targets in f32", 4 * one)
+                    }
+                    Settings::Adaptive(_) => ("6 copies of the targets in f32", 6 * one),
+                    Settings::Panacea(_) => ("8 copies of the targets in f32", 8 * one),
                 };
                 let longest = longest_row(rows).max(PACK_TOKENS);
                 plan.memory.push(copies);

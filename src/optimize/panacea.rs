@@ -112,22 +112,22 @@ pub(super) fn run(
             rho.radius
         }
     };
-    let mut run = Run {
-        w: w0.clone(),
-        eps: w0.zeros_like(),
-        adam: AdamW::new(&w0),
-        steps: Vec::new(),
-    };
-    if settings.steps > 0 {
+    let (w, mut eps, steps) = if settings.steps == 0 {
+        (w0.clone(), TargetTensors::default(), Vec::new())
+    } else {
         needs(Set::Task, &rows.task)?;
+        let mut run = Run {
+            w: w0.clone(),
+            eps: w0.zeros_like(),
+            adam: AdamW::new(&w0),
+            steps: Vec::new(),
+        };
         if let Some(state) = resumed {
             run.resume(state)?;
         }
         run.iterate(engine, rows, settings, rho, &w0, &mut h)?;
-    }
-    let Run {
-        w, mut eps, steps, ..
-    } = run;
+        (run.w, run.eps, run.steps)
+    };
 
     let mut results = vec![("rho", rho)];
     if settings.final_eps == FinalEps::Whole || settings.steps == 0 {
