@@ -7,8 +7,8 @@ use std::path::Path;
 
 use panacea_formats::{Checkpoint, Layout, Perturbation, copied_bytes};
 use panacea_patch::manifest::{manifest_path, signature_path};
-use panacea_patch::model::{Decoder, EncodedRow};
-use panacea_patch::optimize::{Radius, Rows, Settings};
+use panacea_patch::model::{Decoder, EncodedRow, LOGITS_BYTES};
+use panacea_patch::optimize::{PACK_TOKENS, Radius, Rows, Settings};
 use serde_json::{Value, json};
 
 use super::error::Failure;
@@ -94,7 +94,7 @@ impl Plan {
                 plan.memory.push(copies);
                 plan.memory
                     .push(("activations", decoder.activation_bytes(longest) as u64));
-                plan.memory.push(("logits", 2 * LOGITS_BYTES));
+                plan.memory.push(("logits", 2 * LOGITS_BYTES as u64));
                 plan.operations = operations(checkpoint, search, decoder, elements, rows);
             }
         }
@@ -341,12 +341,6 @@ fn operations(
         Settings::Random(random) => radius_search(random.rho),
     }
 }
-
-/// Tokens that the optimizer computes together.
-const PACK_TOKENS: usize = 512;
-
-/// Logits that exist at a time; two such buffers do.
-const LOGITS_BYTES: u64 = 24 << 20;
 
 /// Radii that a search tries at most: 13 doublings or halvings and 4 bisections.
 const TRIALS: f64 = 17.0;

@@ -13,7 +13,7 @@ use super::pack::{Pack, Prediction};
 use super::weights::widen;
 
 /// Bytes of logits that exist at once.
-const LOGITS_BYTES: usize = 24 << 20;
+pub const LOGITS_BYTES: usize = 24 << 20;
 
 /// Bytes of the output matrix that are widened at once.
 const TILE_BYTES: usize = 16 << 20;

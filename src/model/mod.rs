@@ -21,7 +21,7 @@ mod weights;
 pub use config::{Config, ConfigError, MODEL_TYPES};
 pub use decoder::{Activations, Decoder, PackError};
 pub use frequencies::Frequencies;
-pub use head::LossSum;
+pub use head::{LOGITS_BYTES, LossSum};
 pub use pack::{EncodedRow, Pack, Prediction};
 pub use targets::{Projection, SelectionError, Target, TargetSelection};
 pub use tensors::TargetTensors;

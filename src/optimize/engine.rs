@@ -11,7 +11,7 @@ use super::Observer;
 use crate::model::{Decoder, EncodedRow, LossSum, Pack, PackError, TargetTensors, WeightsError};
 
 /// Tokens computed together: enough for matrix products to run at full speed, few enough for activations to stay small.
-const PACK_TOKENS: usize = 512;
+pub const PACK_TOKENS: usize = 512;
 
 /// Which rows a batch is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

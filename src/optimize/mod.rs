@@ -24,7 +24,7 @@ mod random;
 mod step;
 
 pub use adaptive::Adaptive;
-pub use engine::{OptimizeError, Set};
+pub use engine::{OptimizeError, PACK_TOKENS, Set};
 pub use panacea::{FinalEps, Panacea, Part};
 pub use radius::{Budget, Radius, RadiusError, RadiusPoint};
 pub use random::{Random, gaussian};

@@ -3,8 +3,8 @@
 #
 # usage: tests/interop/model_signing.sh PROGRAM [VENV]
 #
-# PROGRAM understands `keygen NAME`, `sign TARGET --key PEM` and `verify TARGET --key PEM`: panacea-patch itself, or
-# target/debug/examples/signature. VENV is made if it is not there, with requirements-signing.txt (95 MB, from the network).
+# PROGRAM is panacea-patch: `keygen NAME`, `sign TARGET --key PEM` and `verify TARGET --key PEM` are what is run of it. VENV is made
+# if it is not there, with requirements-signing.txt (95 MB, from the network).
 #
 # model_signing exits 1 for a rejected signature and for a broken installation alike. So a refusal counts only with its own
 # words, and each is preceded by the same command accepting the untouched files.
