@@ -113,6 +113,17 @@ impl AdapterConfig {
             }
             other => other,
         };
+        let layers_to_transform = fields.blocks("layers_to_transform")?;
+        let is_text = matches!(
+            target_modules,
+            Some(Modules::Pattern(_) | Modules::AllLinear)
+        );
+        if is_text && !layers_to_transform.is_empty() {
+            return Err(fields.misfit(
+                "layers_to_transform",
+                "nothing beside a `target_modules` that is a text",
+            ));
+        }
         Ok(Self {
             base_model_name_or_path: fields.text("base_model_name_or_path")?,
             revision: fields.text("revision")?,
@@ -128,7 +139,7 @@ impl AdapterConfig {
             alpha_pattern: ordered.alphas()?,
             target_modules,
             exclude_modules: fields.modules("exclude_modules")?,
-            layers_to_transform: fields.blocks("layers_to_transform")?,
+            layers_to_transform,
             layers_pattern: fields.texts("layers_pattern")?,
         })
     }
@@ -651,3 +662,256 @@ const REFUSED: &[(&str, &str)] = &[
 /// Beginnings of `init_lora_weights` with which PEFT 0.21.2 changes the base's weights, or fails, when it loads an adapter that
 /// was not converted. Others (`gaussian`, `eva`, `orthogonal`, ...) leave them alone.
 const INITS_THAT_CHANGE_THE_BASE: &[&str] = &["corda", "loftq", "olora", "pissa"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A config with `more` fields, as JSON without the outer braces.
+    fn parse(more: &str) -> Result<AdapterConfig, PeftError> {
+        let comma = if more.is_empty() { "" } else { "," };
+        AdapterConfig::parse(&format!(
+            r#"{{"peft_type":"LORA","r":8,"lora_alpha":16{comma}{more}}}"#
+        ))
+    }
+
+    fn fixture(name: &str) -> String {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/peft");
+        std::fs::read_to_string(path.join(name)).unwrap()
+    }
+
+    #[test]
+    fn every_field_of_peft_is_read_inert_or_refused() {
+        let mut known: Vec<&str> = READ.iter().chain(INERT).copied().collect();
+        known.extend(REFUSED.iter().map(|(field, _)| *field));
+        known.sort_unstable();
+        let theirs: Vec<String> = serde_json::from_str(&fixture("fields.json")).unwrap();
+        assert_eq!(known, theirs);
+    }
+
+    #[test]
+    fn ranks_and_scales_are_those_of_peft() {
+        for case in ["patterns", "rank-stabilized", "one-layer", "saved-head"] {
+            let config =
+                AdapterConfig::parse(&fixture(&format!("{case}/adapter/adapter_config.json")))
+                    .unwrap();
+            let expected: Value =
+                serde_json::from_str(&fixture(&format!("{case}/expected.json"))).unwrap();
+            for (module, rank) in expected["ranks"].as_object().unwrap() {
+                let found = config.rank_of(module).unwrap();
+                assert_eq!(Some(found as u64), rank.as_u64(), "{case}: {module}");
+                let scale = expected["scales"][module].as_f64().unwrap();
+                assert_eq!(
+                    f64::from(config.scale_of(module).unwrap()),
+                    f64::from(scale as f32)
+                );
+                assert_ne!(
+                    config.selects(module).unwrap(),
+                    Selected::No,
+                    "{case}: {module}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_pattern_in_the_file_counts_and_matches_from_a_dot_to_the_end() {
+        let config = parse(
+            r#""rank_pattern":{"z.v_proj":1,"v_proj":2,"a.v_proj":3,"[ko]_proj":4,"(?!x)up":5}"#,
+        )
+        .unwrap();
+        for (module, rank) in [
+            ("a.z.v_proj", 1),
+            ("a.v_proj", 2),
+            ("v_proj", 2),
+            ("a.uv_proj", 8),
+            ("a.v_proj.inner", 8),
+            ("a.k_proj", 4),
+            ("a.zxv_proj", 1), // the dot of a pattern is any character
+            ("mlp.up", 5),
+        ] {
+            assert_eq!(config.rank_of(module).unwrap(), rank, "{module}");
+        }
+    }
+
+    #[test]
+    fn modules_are_selected_as_peft_selects_them() {
+        use Selected::{No, Unknown, Yes};
+        let block = "model.layers.3.self_attn.q_proj";
+        for (more, module, wanted) in [
+            (r#""target_modules":["q_proj"]"#, block, Yes),
+            (r#""target_modules":["proj"]"#, block, No),
+            (r#""target_modules":".*q_proj""#, block, Yes),
+            (r#""target_modules":"q_proj""#, block, No),
+            (r#""target_modules":"(?!.*k_).*proj""#, block, Yes),
+            (r#""target_modules":"(?P=python).*""#, block, Unknown),
+            (r#""target_modules":"all-linear""#, block, Unknown),
+            (r#""target_modules":null"#, block, Unknown),
+            (
+                r#""target_modules":["q_proj"],"exclude_modules":["q_proj"]"#,
+                block,
+                No,
+            ),
+            (
+                r#""target_modules":["q_proj"],"exclude_modules":".*\\.3\\..*""#,
+                block,
+                No,
+            ),
+            (
+                r#""target_modules":["q_proj"],"exclude_modules":".*\\.4\\..*""#,
+                block,
+                Yes,
+            ),
+            (
+                r#""target_modules":["q_proj"],"layers_to_transform":3"#,
+                block,
+                Yes,
+            ),
+            (
+                r#""target_modules":["q_proj"],"layers_to_transform":[1,3]"#,
+                block,
+                Yes,
+            ),
+            (
+                r#""target_modules":["q_proj"],"layers_to_transform":[0]"#,
+                block,
+                No,
+            ),
+            (
+                r#""target_modules":["q_proj"],"layers_to_transform":[0]"#,
+                "x.y.experts.0.b.3.q_proj",
+                Yes,
+            ),
+            (
+                r#""target_modules":["q_proj"],"layers_to_transform":[3],"layers_pattern":"layers""#,
+                block,
+                Yes,
+            ),
+            (
+                r#""target_modules":["q_proj"],"layers_to_transform":[3],"layers_pattern":["h","blocks"]"#,
+                block,
+                No,
+            ),
+            (
+                r#""target_modules":["model.layers.3.self_attn.q_proj"],"layers_to_transform":[0]"#,
+                block,
+                Yes,
+            ),
+        ] {
+            assert_eq!(
+                parse(more).unwrap().selects(module).unwrap(),
+                wanted,
+                "{more} {module}"
+            );
+        }
+    }
+
+    #[test]
+    fn whatever_would_compute_something_else_is_refused_by_name() {
+        for (field, value) in [
+            ("use_dora", "true"),
+            ("use_qalora", "true"),
+            ("lora_bias", "true"),
+            ("bias", "\"all\""),
+            ("bias", "\"lora_only\""),
+            ("fan_in_fan_out", "true"),
+            ("layer_replication", "[[0,2]]"),
+            ("trainable_token_indices", "[1]"),
+            ("target_parameters", "[\"w\"]"),
+            ("megatron_config", "{\"a\":1}"),
+            ("alora_invocation_tokens", "[1]"),
+            ("arrow_config", "{\"top_k\":3}"),
+            ("velora_config", "{\"scale\":1.0}"),
+            ("kasa_config", "{\"beta\":1}"),
+            ("monteclora_config", "{\"num_samples\":8}"),
+            ("use_bdlora", "{\"nblocks\":2}"),
+            ("ensure_weight_tying", "true"),
+            ("task_type", "\"SEQ_CLS\""),
+            ("init_lora_weights", "\"pissa_niter_4\""),
+            ("init_lora_weights", "\"olora\""),
+            ("init_lora_weights", "\"corda\""),
+            ("init_lora_weights", "\"loftq\""),
+        ] {
+            match parse(&format!("\"{field}\":{value}")) {
+                Err(PeftError::Unsupported { field: found, .. }) => assert_eq!(found, field),
+                other => panic!("{field}: {other:?}"),
+            }
+        }
+        let other = AdapterConfig::parse(r#"{"peft_type":"IA3","r":8,"lora_alpha":16}"#);
+        assert!(matches!(
+            other,
+            Err(PeftError::Unsupported {
+                field: "peft_type",
+                ..
+            })
+        ));
+        assert!(AdapterConfig::parse(r#"{"r":8,"lora_alpha":16}"#).is_err());
+    }
+
+    #[test]
+    fn unknown_fields_are_refused_unless_they_are_set_to_nothing() {
+        for nothing in ["null", "false", "\"\"", "[]", "{}"] {
+            assert!(
+                parse(&format!("\"use_novelty\":{nothing}")).is_ok(),
+                "{nothing}"
+            );
+        }
+        for something in ["true", "0", "\"x\"", "[0]", "{\"a\":null}"] {
+            match parse(&format!("\"use_novelty\":{something}")) {
+                Err(PeftError::UnknownField { field, .. }) => assert_eq!(field, "use_novelty"),
+                other => panic!("{something}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn fields_of_another_kind_are_refused() {
+        for more in [
+            "\"use_rslora\":1",
+            "\"modules_to_save\":{\"a\":1}",
+            "\"modules_to_save\":[1]",
+            "\"target_modules\":[\"\"]",
+            "\"rank_pattern\":[]",
+            "\"rank_pattern\":{\"a\":0}",
+            "\"rank_pattern\":{\"a\":1.5}",
+            "\"rank_pattern\":{\"a\":1,\"a\":2}",
+            "\"alpha_pattern\":{\"a\":\"1\"}",
+            "\"layers_to_transform\":[-1]",
+            "\"layers_to_transform\":\"1\"",
+            "\"layers_to_transform\":[1],\"target_modules\":\"q\"",
+            "\"base_model_name_or_path\":7",
+            "\"r\":8",
+        ] {
+            assert!(parse(more).is_err(), "{more}");
+        }
+        for text in [
+            "",
+            "[]",
+            "{\"peft_type\":\"LORA\",\"lora_alpha\":16}",
+            "{\"peft_type\":\"LORA\",\"r\":8}",
+            "{\"peft_type\":\"LORA\",\"r\":0,\"lora_alpha\":16}",
+            "{\"peft_type\":\"LORA\",\"r\":-8,\"lora_alpha\":16}",
+            "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":null}",
+        ] {
+            assert!(AdapterConfig::parse(text).is_err(), "{text}");
+        }
+        assert!(parse("\"rank_pattern\":null,\"alpha_pattern\":{\"a\":0.5},\"bias\":null").is_ok());
+    }
+
+    #[test]
+    fn a_pattern_that_takes_too_long_is_refused() {
+        let config = parse(r#""rank_pattern":{"(?:(?!x)(a|a)*)*\\1b":1,"(":2}"#).unwrap();
+        let long = "a".repeat(40);
+        assert!(matches!(
+            config.rank_of(&long),
+            Err(PeftError::Pattern {
+                field: "rank_pattern",
+                ..
+            })
+        ));
+        assert!(matches!(
+            parse(r#""rank_pattern":{"(":2}"#).unwrap().rank_of("a"),
+            Err(PeftError::Pattern { .. })
+        ));
+    }
+}
