@@ -18,9 +18,9 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use panacea_formats::{
-    BaseProblem, BaseTensor, Checkpoint, DeltaTensor, Destination, Dtype, Observer, Patch,
-    Perturbation, Problems, SideFiles, TensorView, WidenError, WriteError, WrittenFile, check_base,
-    write_checkpoint,
+    BaseProblem, BaseTensor, Checkpoint, DeltaTensor, Destination, Dtype, NotFinite, Observer,
+    Patch, Perturbation, Problems, SideFiles, TensorView, WidenError, WriteError, WrittenFile,
+    check_base, write_checkpoint,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -118,10 +118,10 @@ impl<'a> Wanted<'a> {
             });
         }
         for delta in &deltas {
-            if let Some(element) = delta.first_not_finite() {
+            if let Some(reason) = delta.first_not_finite() {
                 return Err(ApplyError::NotFinite {
                     tensor: delta.name().to_owned(),
-                    element,
+                    reason,
                 });
             }
         }
@@ -469,13 +469,13 @@ pub enum ApplyError {
     /// Nothing to add.
     #[error("there is nothing to add")]
     Empty,
-    /// A delta that is infinite or not a number.
-    #[error("the delta of tensor `{tensor}` is not finite at element {element}")]
+    /// A delta that is infinite or not a number, or that could come out as such.
+    #[error("the delta of tensor `{tensor}` is not finite: {reason}")]
     NotFinite {
         /// The tensor.
         tensor: String,
-        /// The first such element.
-        element: usize,
+        /// Where, in its form.
+        reason: NotFinite,
     },
     /// Two deltas for one tensor.
     #[error("tensor `{tensor}` has two deltas")]

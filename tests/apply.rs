@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
 use panacea_formats::{
-    CHUNK_BYTES, Checkpoint, DeltaTensor, Destination, Dtype, Observer, OutputDir, OutputFile,
-    Overwrite, Perturbation, PerturbationRecord, Sha256, Space, WriteError, describe_base,
-    write_perturbation,
+    CHUNK_BYTES, Checkpoint, DeltaTensor, Destination, Dtype, NotFinite, Observer, OutputDir,
+    OutputFile, Overwrite, Perturbation, PerturbationRecord, Sha256, Space, WriteError,
+    describe_base, write_perturbation,
 };
 use panacea_patch::apply::{
     AdditionError, Applied, ApplyError, ApplySettings, Rounding, Strength, StrengthError, Wanted,
@@ -407,7 +407,10 @@ fn what_would_weaken_or_break_a_model_is_refused() {
     ));
     assert!(matches!(
         wanted(&[f32::NAN]),
-        Err(ApplyError::NotFinite { element: 0, .. })
+        Err(ApplyError::NotFinite {
+            reason: NotFinite::Value { element: 0, .. },
+            ..
+        })
     ));
     let one = DeltaTensor::new("w", &[1], &[1.0]).unwrap();
     assert!(matches!(

@@ -1,7 +1,23 @@
 //! Perturbation files: what is to be added to the weights of one particular checkpoint.
 //!
-//! A perturbation file is a safetensors file with one `F32` tensor for each patched tensor, of the same name and shape. Its
-//! metadata has one key, `panacea`, whose value is a JSON object, written canonically (see [`crate::json`]):
+//! A perturbation file is a safetensors file with the delta of each patched tensor in one of three forms. `NAME` is the tensor's
+//! name in the checkpoint, and all numbers are little-endian:
+//!
+//! ```text
+//! form      tensor         type  shape                       the tensor's shape is
+//! dense     NAME           F32   that of the tensor          any
+//! low rank  NAME.lora_A    F32   [rank, inputs]              [outputs, inputs], and 1 <= rank <= the smaller of both
+//!           NAME.lora_B    F32   [outputs, rank]
+//! sparse    NAME.indices   U32   [entries]                   any of at most 2^32 elements
+//!           NAME.values    F32   [entries]
+//! ```
+//!
+//! A low-rank delta is the matrix product `lora_B lora_A`. A sparse one has `values` at the elements `indices`, counted row-major
+//! and strictly ascending, and zero elsewhere; there may be no entries. Which form a tensor has is read off the names alone: a
+//! stored name that the record describes is that tensor's dense form, even one that ends in `.lora_A` or the like, and any other
+//! is a described name with one of the four ends. Tensors of one file may have different forms.
+//!
+//! The metadata has one key, `panacea`, whose value is a JSON object, written canonically (see [`crate::json`]):
 //!
 //! ```text
 //! format_version  1
@@ -9,31 +25,35 @@
 //! parameters      an object: the settings of the method
 //! direction       "restores-safety"; nothing else is read, so that no file can be applied that was made to weaken a model
 //! seed            of every random choice
-//! space           "weights": the tensors are added to the weights themselves
+//! space           "weights": the deltas are added to the weights themselves
 //! base            {tensor: {dtype, shape, sha256}}: the tensors it is for; the digest is of the stored bytes
 //! data            [{role, name, sha256, rows}]: what it was found from
 //! tool            what wrote it
 //! ```
 //!
 //! Reading refuses what it does not know rather than guessing: another version, an unknown field, a tensor that `base` does not
-//! describe. Values that are not finite are refused in both directions.
+//! describe, half of a form, or two for one tensor. Values that are not finite are refused in both directions, and so are factors
+//! whose product might not be.
 
 mod base;
+mod delta;
 mod record;
+mod stored;
 mod writer;
 
 use std::path::Path;
 
-use rayon::prelude::*;
 use thiserror::Error;
 
 use crate::dtype::Dtype;
 use crate::error::{FormatError, Problems, shown};
 use crate::json::JsonError;
 use crate::safetensors::SafetensorsFile;
-use crate::tensor::{TensorView, WidenError};
+
+use stored::StoredDelta;
 
 pub use base::{BaseProblem, check_base, describe_base};
+pub use delta::{DeltaTensor, Form, NotFinite};
 pub use record::{BaseTensor, DIRECTION, DataSource, FORMAT_VERSION, PerturbationRecord, Space};
 pub use writer::{PerturbationWriteError, write_perturbation};
 
@@ -42,10 +62,12 @@ pub use writer::{PerturbationWriteError, write_perturbation};
 pub struct Perturbation {
     file: SafetensorsFile,
     record: PerturbationRecord,
+    deltas: Vec<StoredDelta>,
 }
 
 impl Perturbation {
-    /// Opens and checks the file at `path`. Reads all of it once, in parallel, to see that every value is finite.
+    /// Opens and checks the file at `path`. Reads all of it once, in parallel, to see that every value is finite and every index
+    /// in its place.
     ///
     /// # Errors
     /// When it is not a sound safetensors file, or not a perturbation that can be applied.
@@ -62,13 +84,19 @@ impl Perturbation {
     }
 
     fn of(file: SafetensorsFile) -> Result<Self, FormatError> {
-        match Self::record_of(&file) {
-            Ok(record) => Ok(Self { file, record }),
+        match Self::checked(&file) {
+            Ok((record, deltas)) => Ok(Self {
+                file,
+                record,
+                deltas,
+            }),
             Err(error) => Err(FormatError::new(file.path(), error)),
         }
     }
 
-    fn record_of(file: &SafetensorsFile) -> Result<PerturbationRecord, PerturbationError> {
+    fn checked(
+        file: &SafetensorsFile,
+    ) -> Result<(PerturbationRecord, Vec<StoredDelta>), PerturbationError> {
         let [(key, text)] = file.metadata() else {
             return Err(PerturbationError::NoRecord {
                 keys: file.metadata().len(),
@@ -81,35 +109,8 @@ impl Perturbation {
         if file.tensors().len() == 0 {
             return Err(PerturbationError::Empty);
         }
-        let stored: Vec<TensorView<'_>> = file.tensors().collect();
-        for tensor in &stored {
-            if !record.base.contains_key(tensor.name)
-                && let Some(form) = OTHER_FORMS
-                    .iter()
-                    .find(|form| tensor.name.ends_with(**form))
-            {
-                return Err(PerturbationError::UnsupportedForm {
-                    tensor: tensor.name.to_owned(),
-                    form,
-                });
-            }
-        }
-        // Collected in the order of the tensors, so that the message does not depend on threads.
-        let mut problems: Vec<TensorProblem> = stored
-            .par_iter()
-            .flat_map_iter(|tensor| problem_of(tensor, &record))
-            .collect();
-        problems.extend(
-            record
-                .base
-                .keys()
-                .filter(|name| file.tensor(name).is_none())
-                .map(|name| TensorProblem::Absent {
-                    tensor: name.clone(),
-                }),
-        );
-        Problems::none_of(problems).map_err(PerturbationError::Tensors)?;
-        Ok(record)
+        let deltas = stored::deltas_of(file, &record.base).map_err(PerturbationError::Tensors)?;
+        Ok((record, deltas))
     }
 
     /// Where the file is.
@@ -127,141 +128,14 @@ impl Perturbation {
         &self.record
     }
 
-    /// The tensors, in the order of the file.
+    /// The deltas, in the order of the file.
     pub fn deltas(&self) -> impl ExactSizeIterator<Item = DeltaTensor<'_>> {
-        self.file.tensors().map(|tensor| DeltaTensor {
-            name: tensor.name,
-            shape: tensor.shape,
-            values: Values::Stored(tensor),
-        })
-    }
-}
-
-/// The problem with one stored tensor, if there is one.
-fn problem_of(tensor: &TensorView<'_>, record: &PerturbationRecord) -> Option<TensorProblem> {
-    let name = || tensor.name.to_owned();
-    let Some(base) = record.base.get(tensor.name) else {
-        return Some(TensorProblem::Undescribed { tensor: name() });
-    };
-    if tensor.dtype != Dtype::F32 {
-        return Some(TensorProblem::Dtype {
-            tensor: name(),
-            found: tensor.dtype,
-        });
-    }
-    if tensor.shape != base.shape {
-        return Some(TensorProblem::Shape {
-            tensor: name(),
-            found: tensor.shape.to_vec(),
-            base: base.shape.clone(),
-        });
-    }
-    if !base.dtype.is_patchable() {
-        return Some(TensorProblem::BaseDtype {
-            tensor: name(),
-            dtype: base.dtype,
-        });
-    }
-    let (values, _) = tensor.bytes.as_chunks();
-    values
-        .iter()
-        .position(|&bytes| !f32::from_le_bytes(bytes).is_finite())
-        .map(|element| TensorProblem::NotFinite {
-            tensor: name(),
-            element,
-        })
-}
-
-/// What is to be added to one tensor: as many `f32` values as the shape holds, in a file or in memory.
-#[derive(Clone, Copy, Debug)]
-pub struct DeltaTensor<'a> {
-    name: &'a str,
-    shape: &'a [usize],
-    values: Values<'a>,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Values<'a> {
-    Memory(&'a [f32]),
-    Stored(TensorView<'a>),
-}
-
-impl<'a> DeltaTensor<'a> {
-    /// `values` for the tensor `name` of `shape`, row-major; nothing when their number is not that of the shape.
-    pub fn new(name: &'a str, shape: &'a [usize], values: &'a [f32]) -> Option<Self> {
-        let elements = shape.iter().try_fold(1_usize, |product, &dimension| {
-            product.checked_mul(dimension)
-        })?;
-        (elements == values.len()).then_some(Self {
-            name,
-            shape,
-            values: Values::Memory(values),
-        })
-    }
-
-    /// The name of the tensor that it is added to.
-    pub fn name(&self) -> &'a str {
-        self.name
-    }
-
-    /// Its shape.
-    pub fn shape(&self) -> &'a [usize] {
-        self.shape
-    }
-
-    /// How many values it has.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Copies the values in `range` to `out`, which is as long as `range`.
-    ///
-    /// # Errors
-    /// When the range is not within the tensor or not as long as `out`.
-    pub fn read_into(
-        &self,
-        range: std::ops::Range<usize>,
-        out: &mut [f32],
-    ) -> Result<(), WidenError> {
-        match self.values {
-            Values::Stored(tensor) => tensor.widen_into(range, out),
-            Values::Memory(values) => {
-                let misfit = WidenError::Range {
-                    start: range.start,
-                    end: range.end,
-                    elements: values.len(),
-                    room: out.len(),
-                };
-                match values.get(range) {
-                    Some(values) if values.len() == out.len() => {
-                        out.copy_from_slice(values);
-                        Ok(())
-                    }
-                    _ => Err(misfit),
-                }
-            }
-        }
-    }
-
-    /// The first value that is not finite.
-    pub fn first_not_finite(&self) -> Option<usize> {
-        match self.values {
-            Values::Memory(values) => values.iter().position(|value| !value.is_finite()),
-            Values::Stored(tensor) => {
-                let (values, _) = tensor.bytes.as_chunks();
-                values
-                    .iter()
-                    .position(|&bytes| !f32::from_le_bytes(bytes).is_finite())
-            }
-        }
+        self.deltas.iter().map(|delta| delta.of_file(&self.file))
     }
 }
 
 /// The one key of the metadata.
 const METADATA_KEY: &str = "panacea";
-
-/// Ends of names that stand for low-rank and sparse forms.
-const OTHER_FORMS: &[&str] = &[".lora_A", ".lora_B", ".indices", ".values"];
 
 /// Why a sound safetensors file is not a perturbation that can be applied.
 #[derive(Debug, Error)]
@@ -305,17 +179,6 @@ pub enum PerturbationError {
     /// Tensors that do not fit the record.
     #[error("{0}")]
     Tensors(Problems<TensorProblem>),
-    /// A low-rank or sparse form.
-    #[error(
-        "tensor `{}` is in the form `{form}`, which is not supported yet; dense tensors are",
-        shown(tensor)
-    )]
-    UnsupportedForm {
-        /// The tensor.
-        tensor: String,
-        /// The end of its name.
-        form: &'static str,
-    },
     /// Another version of the record.
     #[error(
         "its format version is {}, and only {FORMAT_VERSION} is supported",
@@ -328,7 +191,7 @@ pub enum PerturbationError {
 }
 
 /// A tensor that does not fit the record.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Error, PartialEq)]
 #[non_exhaustive]
 pub enum TensorProblem {
     /// Described and not there.
@@ -348,13 +211,88 @@ pub enum TensorProblem {
         /// The element type of the base.
         dtype: Dtype,
     },
-    /// Not `F32`.
-    #[error("tensor `{}` is {found}, and a perturbation is F32", shown(tensor))]
+    /// Of another element type than its form has.
+    #[error(
+        "tensor `{}` is {found}, and its form has {wanted} there",
+        shown(tensor)
+    )]
     Dtype {
         /// The tensor.
         tensor: String,
         /// Its element type.
         found: Dtype,
+        /// The element type of the form.
+        wanted: Dtype,
+    },
+    /// Indices and values that are not two lists of one length.
+    #[error(
+        "tensor `{}` has indices of shape {indices:?} and values of shape {values:?}, not two lists of one length",
+        shown(tensor)
+    )]
+    Entries {
+        /// The tensor.
+        tensor: String,
+        /// The shape of the indices.
+        indices: Vec<usize>,
+        /// The shape of the values.
+        values: Vec<usize>,
+    },
+    /// Factors whose product has not the shape of the base.
+    #[error(
+        "tensor `{}` has factors A of shape {a:?} and B of shape {b:?}, whose product is not of its base's shape {base:?}",
+        shown(tensor)
+    )]
+    Factors {
+        /// The tensor.
+        tensor: String,
+        /// The shape of `A`, which should be rank x inputs.
+        a: Vec<usize>,
+        /// The shape of `B`, which should be outputs x rank.
+        b: Vec<usize>,
+        /// The shape of the base.
+        base: Vec<usize>,
+    },
+    /// Half of a form, or more than one.
+    #[error(
+        "tensor `{}` is there as {}, and one form is wanted: itself, `.lora_A` and `.lora_B`, or `.indices` and `.values`",
+        shown(tensor),
+        parts.iter().map(|part| if part.is_empty() { "itself".to_owned() } else { format!("`{part}`") }).collect::<Vec<_>>().join(", ")
+    )]
+    Form {
+        /// The tensor.
+        tensor: String,
+        /// The ends of the names that are there; an empty one is the name itself.
+        parts: Vec<&'static str>,
+    },
+    /// An index that does not ascend, or is of no element.
+    #[error(
+        "tensor `{}` has index {index} at entry {entry}{}, which must ascend and stay below {elements}",
+        shown(tensor),
+        after.map_or(String::new(), |after| format!(" after {after}"))
+    )]
+    Index {
+        /// The tensor.
+        tensor: String,
+        /// The place in the list.
+        entry: usize,
+        /// The index.
+        index: u32,
+        /// The one before it.
+        after: Option<u32>,
+        /// How many elements the tensor has.
+        elements: usize,
+    },
+    /// A part under the name of another tensor of the record, as which it would be read.
+    #[error(
+        "tensor `{}` would be stored as `{}`, which is the name of another",
+        shown(tensor),
+        shown(stored)
+    )]
+    NameTaken {
+        /// The tensor.
+        tensor: String,
+        /// The name of the part.
+        stored: String,
     },
     /// A value that is infinite or not a number.
     #[error("tensor `{}` is not finite at element {element}", shown(tensor))]
@@ -363,6 +301,30 @@ pub enum TensorProblem {
         tensor: String,
         /// The first such element.
         element: usize,
+    },
+    /// Finite factors of a product that may not be finite.
+    #[error(
+        "tensor `{}` has factors whose product may reach {at_most:e}, beyond what F32 holds",
+        shown(tensor)
+    )]
+    Product {
+        /// The tensor.
+        tensor: String,
+        /// What no element exceeds.
+        at_most: f64,
+    },
+    /// A rank above that of any matrix of the shape.
+    #[error(
+        "tensor `{}` is of rank {rank}, and its shape allows {most}",
+        shown(tensor)
+    )]
+    Rank {
+        /// The tensor.
+        tensor: String,
+        /// The rank of the factors.
+        rank: usize,
+        /// The smaller dimension of the base.
+        most: usize,
     },
     /// Not of the shape of its base.
     #[error(
@@ -374,6 +336,17 @@ pub enum TensorProblem {
         tensor: String,
         /// Its shape.
         found: Vec<usize>,
+        /// The shape of the base.
+        base: Vec<usize>,
+    },
+    /// Sparse, with more elements than indices tell apart.
+    #[error(
+        "tensor `{}` is sparse, and its base's shape {base:?} has more than 2^32 elements",
+        shown(tensor)
+    )]
+    TooLarge {
+        /// The tensor.
+        tensor: String,
         /// The shape of the base.
         base: Vec<usize>,
     },

@@ -147,7 +147,8 @@ impl SafetensorsFile {
         }
     }
 
-    fn view(&self, position: usize) -> TensorView<'_> {
+    /// The tensor number `position` in the order of the bytes.
+    pub(crate) fn view(&self, position: usize) -> TensorView<'_> {
         let entry = &self.header.entries[position];
         TensorView {
             name: &entry.name,

@@ -84,6 +84,164 @@ proptest! {
     }
 }
 
+/// A delta in memory, with an owner for its numbers.
+#[derive(Clone, Debug)]
+struct Owned {
+    shape: [usize; 2],
+    numbers: Numbers,
+}
+
+#[derive(Clone, Debug)]
+enum Numbers {
+    Dense(Vec<f32>),
+    LowRank(Vec<f32>, Vec<f32>),
+    Sparse(Vec<u32>, Vec<f32>),
+}
+
+impl Owned {
+    fn delta<'a>(&'a self, name: &'a str) -> Option<DeltaTensor<'a>> {
+        match &self.numbers {
+            Numbers::Dense(values) => DeltaTensor::new(name, &self.shape, values),
+            Numbers::LowRank(a, b) => DeltaTensor::low_rank(name, &self.shape, a, b),
+            Numbers::Sparse(indices, values) => {
+                DeltaTensor::sparse(name, &self.shape, indices, values)
+            }
+        }
+    }
+
+    /// The values by the definitions of the forms, written down again.
+    fn values(&self) -> Vec<f32> {
+        let [outputs, inputs] = self.shape;
+        match &self.numbers {
+            Numbers::Dense(values) => values.clone(),
+            Numbers::LowRank(a, b) => {
+                let rank = a.len() / inputs;
+                let element = |row: usize, column: usize| {
+                    (0..rank).fold(0.0, |sum, k| {
+                        sum + b[row * rank + k] * a[k * inputs + column]
+                    })
+                };
+                (0..outputs * inputs)
+                    .map(|place| element(place / inputs, place % inputs))
+                    .collect()
+            }
+            Numbers::Sparse(indices, values) => {
+                let mut all = vec![0.0; outputs * inputs];
+                for (&index, &value) in indices.iter().zip(values) {
+                    all[index as usize] = value;
+                }
+                all
+            }
+        }
+    }
+}
+
+fn any_delta() -> impl Strategy<Value = Owned> {
+    (1_usize..7, 1_usize..7, 0_usize..3, any::<usize>()).prop_flat_map(
+        |(outputs, inputs, form, seed)| {
+            let elements = outputs * inputs;
+            let rank = 1 + seed % outputs.min(inputs);
+            let few = prop::collection::vec(-1e3_f32..1e3, (inputs + outputs) * rank);
+            let values = prop::collection::vec(-1e30_f32..1e30, elements);
+            let chosen = prop::collection::vec(any::<bool>(), elements);
+            (few, values, chosen).prop_map(move |(mut factors, mut values, chosen)| {
+                let numbers = match form {
+                    0 => Numbers::Dense(values),
+                    1 => {
+                        let b = factors.split_off(rank * inputs);
+                        Numbers::LowRank(factors, b)
+                    }
+                    _ => {
+                        let indices: Vec<u32> = (0..)
+                            .zip(chosen)
+                            .filter_map(|(index, chosen)| chosen.then_some(index))
+                            .collect();
+                        values.truncate(indices.len());
+                        Numbers::Sparse(indices, values)
+                    }
+                };
+                Owned {
+                    shape: [outputs, inputs],
+                    numbers,
+                }
+            })
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn every_form_is_read_back_as_written(
+        tensors in prop::collection::btree_map("[a-zA-Z0-9._\u{e9}\"]{1,12}", any_delta(), 1..6),
+        cut in any::<(usize, usize)>(),
+    ) {
+        let root = tempfile::tempdir().unwrap();
+        let deltas: Vec<_> = tensors.iter().rev().map(|(name, owned)| owned.delta(name).unwrap()).collect();
+        let record = record_for(&deltas, 7);
+        let path = root.path().join("p.safetensors");
+        write(&path, &record, &deltas).unwrap();
+
+        let read = Perturbation::open(&path).unwrap();
+        prop_assert_eq!(read.record(), &record);
+        prop_assert_eq!(read.deltas().len(), tensors.len());
+        let mut stored = 0;
+        for found in read.deltas() {
+            let owned = &tensors[found.name()];
+            let written = owned.delta(found.name()).unwrap();
+            let values = owned.values();
+            prop_assert_eq!((found.shape(), found.form()), (&owned.shape[..], written.form()));
+            prop_assert_eq!(found.factors(), written.factors());
+            prop_assert_eq!(found.stored_bytes(), written.stored_bytes());
+            stored += found.stored_bytes();
+            let mut ends = [cut.0 % (values.len() + 1), cut.1 % (values.len() + 1)];
+            ends.sort_unstable();
+            for range in [0..values.len(), ends[0]..ends[1]] {
+                let mut room = vec![f32::NAN; range.len()];
+                found.read_into(range.clone(), &mut room).unwrap();
+                prop_assert_eq!(&room, &values[range.clone()]);
+                written.read_into(range.clone(), &mut room).unwrap();
+                prop_assert_eq!(&room, &values[range]);
+            }
+        }
+        let bytes = fs::read(&path).unwrap();
+        prop_assert_eq!(read.file().header_bytes().len() as u64 + stored, bytes.len() as u64);
+        prop_assert!(safetensors::SafeTensors::deserialize(&bytes).is_ok());
+    }
+}
+
+#[test]
+fn compact_forms_have_exactly_these_bytes() {
+    let root = tempfile::tempdir().unwrap();
+    let deltas = [
+        DeltaTensor::sparse("v", &[70_000], &[1, 65_537], &[0.5, -0.25]).unwrap(),
+        DeltaTensor::low_rank("w", &[2, 1], &[1.0], &[0.5, -0.25]).unwrap(),
+    ];
+    let path = root.path().join("p.safetensors");
+    write(&path, &record_for(&deltas, 7), &deltas).unwrap();
+    let found = fs::read(&path).unwrap();
+    let header_length =
+        usize::try_from(u64::from_le_bytes(found[..8].try_into().unwrap())).unwrap();
+    let header = std::str::from_utf8(&found[8..8 + header_length]).unwrap();
+    assert!(
+        header.trim_end().ends_with(
+            "\"v.indices\":{\"dtype\":\"U32\",\"shape\":[2],\"data_offsets\":[0,8]},\
+             \"v.values\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]},\
+             \"w.lora_A\":{\"dtype\":\"F32\",\"shape\":[1,1],\"data_offsets\":[16,20]},\
+             \"w.lora_B\":{\"dtype\":\"F32\",\"shape\":[2,1],\"data_offsets\":[20,28]}}"
+        ),
+        "{header}"
+    );
+    assert_eq!(
+        found[8 + header_length..],
+        [
+            1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0x3F, 0, 0, 0x80, 0xBE, 0, 0, 0x80, 0x3F, 0, 0, 0,
+            0x3F, 0, 0, 0x80, 0xBE
+        ]
+    );
+}
+
 #[test]
 fn a_perturbation_has_exactly_these_bytes() {
     let root = tempfile::tempdir().unwrap();
@@ -149,6 +307,25 @@ fn a_perturbation_that_does_not_fit_its_record_is_not_written() {
     ));
     assert!(DeltaTensor::new("w", &[3], &values).is_none());
     assert!(DeltaTensor::new("w", &[usize::MAX, 2], &values).is_none());
+
+    let matrix = DeltaTensor::low_rank("w", &[1, 2], &[1.0; 4], &[1.0; 2]).unwrap();
+    let named = DeltaTensor::new("w.lora_A", &[1], &values[..1]).unwrap();
+    for (deltas, wanted) in [
+        (&[matrix][..], "of rank 2, and its shape allows 1"),
+        (&[matrix, named], "stored as `w.lora_A`"),
+    ] {
+        let error = write(&path, &record_for(deltas, 7), deltas).unwrap_err();
+        assert!(error.to_string().contains(wanted), "{error}");
+    }
+    let large = DeltaTensor::low_rank("w", &[1, 2], &[1e30, 0.0], &[1e30]).unwrap();
+    let infinite = DeltaTensor::sparse("w", &[2], &[1], &[f32::INFINITY]).unwrap();
+    for (delta, part) in [
+        (large, "may reach 1.0"),
+        (infinite, "`w.values` is not finite"),
+    ] {
+        let error = write(&path, &record_for(&[delta], 7), &[delta]).unwrap_err();
+        assert!(error.to_string().contains(part), "{error}");
+    }
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
 }
 

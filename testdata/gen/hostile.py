@@ -198,8 +198,101 @@ def perturbation_cases():
     p("values-f16", "Dtype", "a perturbation is F32", perturbation(record(), b"\0" * 4, dtype="F16"))
     p("values-nan", "NotFinite", "one NaN ruins a model", perturbation(record(), struct.pack("<2f", 0.0, float("nan"))))
     p("values-infinite", "NotFinite", "so does an infinity", perturbation(record(), struct.pack("<2f", float("-inf"), 0.0)))
-    for form in ["lora_A", "lora_B", "indices", "values"]:
-        p(f"form-{form}", "UnsupportedForm", "low rank and sparse forms are not read yet", perturbation(record(), name=f"w.{form}"))
+    compact_cases(p)
+
+
+def compact_cases(p):
+    """Low-rank and sparse forms, for a base tensor `w` of 2 x 3."""
+    base = {"w": {"dtype": "BF16", "shape": [2, 3], "sha256": hashlib.sha256(b"base").hexdigest()}}
+
+    def f32(*values):
+        return "F32", [len(values)], struct.pack(f"<{len(values)}f", *values)
+
+    def u32(*values):
+        return "U32", [len(values)], struct.pack(f"<{len(values)}I", *values)
+
+    def shaped(part, *shape):
+        return part[0], shape, part[2]
+
+    def packed(parts, base=base):
+        entries, data = [], b""
+        for name, (dtype, shape, values) in parts.items():
+            entries.append((name, entry(dtype, shape, (len(data), len(data) + len(values)))))
+            data += values
+        return file(tensors(*entries, metadata='{"panacea":' + json.dumps(json.dumps(record(base=base))) + "}"), data)
+
+    a, b = shaped(f32(1, 2, 3), 1, 3), shaped(f32(-1, 0.5), 2, 1)
+    indices, values = u32(0, 5), f32(0.5, -1)
+
+    def low_rank(name, expect, comment, a=a, b=b, **more):
+        p(f"low-rank-{name}", expect, comment, packed({"w.lora_A": a, "w.lora_B": b}, **more))
+
+    def sparse(name, expect, comment, indices=indices, values=values, **more):
+        p(f"sparse-{name}", expect, comment, packed({"w.indices": indices, "w.values": values}, **more))
+
+    def shape(*dimensions):
+        return {"base": {"w": dict(base["w"], shape=dimensions)}}
+
+    low_rank("sound", "sound", "the control of the low-rank ones")
+    low_rank("of-full-rank", "sound", "rank 2 of a 2 x 3 matrix", shaped(f32(*range(6)), 2, 3), shaped(f32(*range(4)), 2, 2))
+    low_rank("over-full-rank", "Rank", "rank 3 of a 2 x 3 matrix", shaped(f32(*range(9)), 3, 3), shaped(f32(*range(6)), 2, 3))
+    low_rank("of-rank-zero", "Factors", "factors without elements", shaped(f32(), 0, 3), shaped(f32(), 2, 0))
+    low_rank("huge-rank", "Factors", "a rank of 2^64 - 1 beside a base without inputs",
+             shaped(f32(), 2**64 - 1, 0), shaped(f32(), 2, 0), **shape(2, 0))
+    low_rank("other-rank", "Factors", "factors of ranks 1 and 2", b=shaped(f32(1, 2, 3, 4), 2, 2))
+    low_rank("exchanged", "Factors", "A under the name of B", a=b, b=a)
+    low_rank("transposed", "Factors", "A as inputs x rank", a=shaped(f32(1, 2, 3), 3, 1))
+    low_rank("flat", "Factors", "factors that are lists", a=f32(1, 2, 3), b=f32(1, 2))
+    low_rank("other-shape", "Factors", "of a 3 x 2 base", **shape(3, 2))
+    low_rank("of-a-list", "Factors", "of a base that is no matrix", **shape(6))
+    low_rank("of-three-dimensions", "Factors", "nor is that one", **shape(1, 2, 3))
+    low_rank("bf16", "Dtype", "factors are F32", a=("BF16", [1, 3], b"\0" * 6))
+    low_rank("integers", "Dtype", "and not integers of as many bytes", b=shaped(u32(1, 2), 2, 1))
+    low_rank("nan", "NotFinite", "one NaN ruins a row", b=shaped(f32(1, float("nan")), 2, 1))
+    low_rank("infinite", "NotFinite", "an infinity ruins a column", a=shaped(f32(1, float("inf"), 0), 1, 3))
+    low_rank("overflow", "Product", "finite factors of an infinite product",
+             shaped(f32(1e30, 1, 1), 1, 3), shaped(f32(1, -1e30), 2, 1))
+    low_rank("base-integer", "BaseDtype", "integers cannot be patched", base={"w": dict(base["w"], dtype="I32")})
+
+    sparse("sound", "sound", "the control of the sparse ones")
+    sparse("empty", "sound", "nothing to add to this tensor", u32(), f32())
+    sparse("whole", "sound", "every element", u32(*range(6)), f32(*range(6)))
+    sparse("of-a-list", "sound", "a base of any dimensions will do", **shape(6))
+    sparse("past-end", "Index", "element 6 of 6", u32(0, 6))
+    sparse("far-past-end", "Index", "the largest index that there is", u32(0, 2**32 - 1))
+    sparse("of-nothing", "Index", "element 0 of none", u32(0), f32(1), **shape(2, 0))
+    sparse("twice", "Index", "an element twice: one value would be lost", u32(5, 5))
+    sparse("descending", "Index", "a list that cannot be searched", u32(5, 0))
+    sparse("fewer-values", "Entries", "two indices, one value", values=f32(1))
+    sparse("more-values", "Entries", "two indices, three values", values=f32(1, 2, 3))
+    sparse("shaped", "Entries", "lists are flat", shaped(indices, 2, 1), shaped(values, 2, 1))
+    sparse("scalar", "Entries", "nor are they scalars", shaped(u32(0), *()), shaped(f32(1), *()))
+    sparse("signed", "Dtype", "indices are U32", indices=("I32", [2], struct.pack("<2i", 0, -1)))
+    sparse("wide", "Dtype", "and not U64", indices=("U64", [2], struct.pack("<2Q", 0, 5)))
+    sparse("bf16", "Dtype", "values are F32", values=("BF16", [2], b"\0" * 4))
+    sparse("nan", "NotFinite", "one NaN ruins a model", values=f32(1, float("nan")))
+    sparse("too-large", "TooLarge", "elements that no index reaches", u32(), f32(), **shape(2**16, 2**16 + 1))
+    sparse("at-limit", "sound", "2^32 elements, and the last of them", u32(2**32 - 1), f32(1), **shape(2**16, 2**16))
+    sparse("overflow", "TooLarge", "2^64 elements, which wrap to none", u32(), f32(), **shape(2**32, 2**32))
+
+    for part, of in [("lora_A", a), ("lora_B", b), ("indices", indices), ("values", values)]:
+        p(f"form-{part}", "Form", "half of a form", packed({f"w.{part}": of}))
+        p(f"form-{part}-and-dense", "Form", "a tensor and half of another form",
+          packed({"w": shaped(f32(*range(6)), 2, 3), f"w.{part}": of}))
+    whole = {"w.lora_A": a, "w.lora_B": b, "w.indices": indices, "w.values": values}
+    p("form-two", "Form", "low rank and sparse: which is it", packed(whole))
+    p("form-crossed", "Form", "halves of two forms", packed({"w.lora_A": a, "w.values": values}))
+    p("form-capitals", "Undescribed", "ends have one spelling", packed({"w.lora_a": a, "w.lora_B": b}))
+    p("form-twice-removed", "Undescribed", "an end on an end", packed({"w.lora_A.values": values, "w.lora_A.indices": indices}))
+    p("form-no-name", "Undescribed", "an end on nothing", packed({".lora_A": a, ".lora_B": b}))
+    p("form-mixed", "sound", "each tensor has a form of its own",
+      packed({"v": shaped(f32(*range(6)), 2, 3), "w.indices": indices, "w.lora_A.lora_A": a, "w.lora_A.lora_B": b, "w.values": values},
+             base=dict(base, **{"v": base["w"], "w.lora_A": base["w"]})))
+    named = dict(base, **{"w.lora_A": dict(base["w"], shape=[1, 3])})
+    p("form-of-a-name", "sound", "a described name is dense, whatever it ends in",
+      packed({"w": shaped(f32(*range(6)), 2, 3), "w.lora_A": a}, base=named))
+    p("form-taken-name", "Form", "so `w` has half a form here, although the shapes would fit",
+      packed({"w.lora_A": a, "w.lora_B": b}, base=named))
 
 
 def index_cases():

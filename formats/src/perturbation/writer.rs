@@ -1,90 +1,110 @@
 //! Writes a perturbation file: the same record and values give the same bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use super::delta::Part;
 use super::record::PerturbationRecord;
+use super::stored::problem_of;
 use super::{DeltaTensor, METADATA_KEY, TensorProblem};
 use crate::atomic::{OutputError, OutputFile, WrittenFile};
+use crate::dtype::Dtype;
 use crate::error::Problems;
-use crate::tensor::WidenError;
 
-/// Writes `record` and `deltas` to `output` and finishes it; the caller commits. Tensors are stored in the order of their names.
+/// Writes `record` and `deltas`, each in its form, to `output` and finishes it; the caller commits. Tensors are stored in the
+/// order of their names.
 ///
 /// # Errors
-/// When the deltas are not exactly the tensors of `record.base` or not finite, or when writing fails.
+/// When the deltas are not exactly the tensors of `record.base` or would not be read back, or when writing fails.
 pub fn write_perturbation(
     output: &mut OutputFile,
     record: &PerturbationRecord,
     deltas: &[DeltaTensor<'_>],
 ) -> Result<WrittenFile, PerturbationWriteError> {
-    let by_name = matched(record, deltas).map_err(PerturbationWriteError::Tensors)?;
-    output.write_all(&header(record, &by_name))?;
-    let mut values = vec![0.0_f32; BLOCK];
+    let tensors = matched(record, deltas).map_err(PerturbationWriteError::Tensors)?;
+    output.write_all(&header(record, &tensors))?;
     let mut bytes = Vec::with_capacity(4 * BLOCK);
-    for delta in by_name.values() {
-        let elements = delta.elements();
-        for start in (0..elements).step_by(BLOCK) {
-            let end = elements.min(start + BLOCK);
-            let values = &mut values[..end - start];
-            delta.read_into(start..end, values)?;
+    for tensor in tensors.values() {
+        let length = tensor.numbers();
+        for start in (0..length).step_by(BLOCK) {
+            let range = start..length.min(start + BLOCK);
             bytes.clear();
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            match tensor.part {
+                Part::Values(values) => values.append_to(range, &mut bytes),
+                Part::Indices(indices) => indices.append_to(range, &mut bytes),
+            }
             output.write_all(&bytes)?;
         }
     }
     Ok(output.finish()?)
 }
 
-/// The deltas by name, when they are what the record says.
-fn matched<'a, 'b>(
+/// A tensor to be stored.
+struct Stored<'a> {
+    shape: Vec<usize>,
+    part: Part<'a>,
+}
+
+impl Stored<'_> {
+    fn dtype(&self) -> Dtype {
+        match self.part {
+            Part::Values(_) => Dtype::F32,
+            Part::Indices(_) => Dtype::U32,
+        }
+    }
+
+    /// How many numbers of four bytes it has.
+    fn numbers(&self) -> usize {
+        match self.part {
+            Part::Values(values) => values.len(),
+            Part::Indices(indices) => indices.len(),
+        }
+    }
+}
+
+/// What is stored by name, when the deltas are what the record says.
+fn matched<'a>(
     record: &PerturbationRecord,
-    deltas: &'a [DeltaTensor<'b>],
-) -> Result<BTreeMap<&'b str, &'a DeltaTensor<'b>>, Problems<TensorProblem>> {
-    let mut by_name = BTreeMap::new();
+    deltas: &[DeltaTensor<'a>],
+) -> Result<BTreeMap<String, Stored<'a>>, Problems<TensorProblem>> {
+    let mut stored = BTreeMap::new();
     let mut problems = Vec::new();
+    let mut seen = BTreeSet::new();
     for delta in deltas {
         let tensor = delta.name().to_owned();
         match record.base.get(delta.name()) {
-            Some(_) if by_name.contains_key(delta.name()) => {
-                problems.push(TensorProblem::Undescribed { tensor });
-            }
-            Some(base) if base.shape != delta.shape() => problems.push(TensorProblem::Shape {
-                tensor,
-                found: delta.shape().to_vec(),
-                base: base.shape.clone(),
-            }),
-            Some(base) if !base.dtype.is_patchable() => problems.push(TensorProblem::BaseDtype {
-                tensor,
-                dtype: base.dtype,
-            }),
-            Some(_) => {
-                if let Some(element) = delta.first_not_finite() {
-                    problems.push(TensorProblem::NotFinite { tensor, element });
-                }
-            }
-            None => problems.push(TensorProblem::Undescribed { tensor }),
+            Some(base) if seen.insert(delta.name()) => problems.extend(problem_of(delta, base)),
+            _ => problems.push(TensorProblem::Undescribed { tensor }),
         }
-        by_name.insert(delta.name(), delta);
+        for (end, shape, part) in delta.parts() {
+            let name = format!("{}{end}", delta.name());
+            if !end.is_empty() && record.base.contains_key(&name) {
+                problems.push(TensorProblem::NameTaken {
+                    tensor: delta.name().to_owned(),
+                    stored: name.clone(),
+                });
+            }
+            stored.insert(name, Stored { shape, part });
+        }
     }
     problems.extend(
         record
             .base
             .keys()
-            .filter(|name| !by_name.contains_key(name.as_str()))
+            .filter(|name| !seen.contains(name.as_str()))
             .map(|name| TensorProblem::Absent {
                 tensor: name.clone(),
             }),
     );
     Problems::none_of(problems)?;
-    Ok(by_name)
+    Ok(stored)
 }
 
 /// The header with its length before it: metadata first, then the tensors in order, then spaces up to a multiple of 8 bytes,
 /// which keeps the values aligned for readers that care.
-fn header(record: &PerturbationRecord, deltas: &BTreeMap<&str, &DeltaTensor<'_>>) -> Vec<u8> {
+fn header(record: &PerturbationRecord, tensors: &BTreeMap<String, Stored<'_>>) -> Vec<u8> {
     let text = |value: &Value| value.to_string();
     let mut json = format!(
         "{{\"__metadata__\":{{{}:{}}}",
@@ -92,12 +112,13 @@ fn header(record: &PerturbationRecord, deltas: &BTreeMap<&str, &DeltaTensor<'_>>
         text(&record.to_json().into())
     );
     let mut begin = 0;
-    for (name, delta) in deltas {
-        let end = begin + 4 * delta.elements();
+    for (name, tensor) in tensors {
+        let end = begin + 4 * tensor.numbers();
         json.push_str(&format!(
-            ",{}:{{\"dtype\":\"F32\",\"shape\":{},\"data_offsets\":[{begin},{end}]}}",
-            text(&Value::from(*name)),
-            json!(delta.shape()),
+            ",{}:{{\"dtype\":\"{}\",\"shape\":{},\"data_offsets\":[{begin},{end}]}}",
+            text(&Value::from(name.as_str())),
+            tensor.dtype(),
+            json!(tensor.shape),
         ));
         begin = end;
     }
@@ -110,7 +131,7 @@ fn header(record: &PerturbationRecord, deltas: &BTreeMap<&str, &DeltaTensor<'_>>
     header
 }
 
-/// Values written at once.
+/// Numbers written at once.
 const BLOCK: usize = 1 << 18;
 
 /// Why a perturbation was not written.
@@ -120,9 +141,6 @@ pub enum PerturbationWriteError {
     /// The output failed.
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// A delta shorter than it says, which the types rule out.
-    #[error(transparent)]
-    Read(#[from] WidenError),
     /// The tensors are not those of the record.
     #[error("{0}")]
     Tensors(Problems<TensorProblem>),
