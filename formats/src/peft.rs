@@ -156,11 +156,22 @@ impl<'c> Adapter<'c> {
     }
 
     /// Whether `base` has what the adapter is for: every adapted weight, and every tensor that is replaced, in the same shape
-    /// and of a type that can be computed with.
+    /// and of a type that can be computed with. Where the base's config says `tie_word_embeddings`, neither the embedding nor the
+    /// head may be among them: PEFT then computes with two matrices where the base has one.
     ///
     /// # Errors
     /// Everything that is missing or does not fit.
-    pub fn check_base(&self, base: &Checkpoint) -> Result<(), Problems<AdapterBaseProblem>> {
+    pub fn check_base(
+        &self,
+        base: &Checkpoint,
+        tie_word_embeddings: bool,
+    ) -> Result<(), Problems<AdapterBaseProblem>> {
+        let is_tied = |tensor: &str| {
+            let module = tensor
+                .strip_suffix(".weight")
+                .and_then(|it| it.rsplit('.').next());
+            tie_word_embeddings && module.is_some_and(|it| TIED.contains(&it))
+        };
         let adapted = self
             .modules
             .iter()
@@ -172,6 +183,7 @@ impl<'c> Adapter<'c> {
         let problems = adapted
             .chain(saved)
             .filter_map(|(tensor, wanted)| match base.tensor(&tensor) {
+                _ if is_tied(&tensor) => Some(AdapterBaseProblem::Tied { tensor }),
                 None => Some(AdapterBaseProblem::Missing {
                     nearest: base.nearest_name(&tensor).map(str::to_owned),
                     tensor,
@@ -324,6 +336,9 @@ const OTHER_METHODS: &[(&str, &str)] = &[
     ("token_adapter", "trained tokens"),
     ("lora_diag", "KaSA"),
 ];
+
+/// The two modules that a base may have as one.
+const TIED: &[&str] = &["embed_tokens", "lm_head"];
 
 /// Parts of names of a model that PEFT has wrapped, which its files leave out.
 const LIVE_PARTS: &[&str] = &["base_layer", "modules_to_save", "original_module"];
@@ -539,5 +554,14 @@ pub enum AdapterBaseProblem {
         wanted: Vec<usize>,
         /// The base's.
         found: Vec<usize>,
+    },
+    /// The embedding or the head, of which the base has one for both.
+    #[error(
+        "tensor `{}` is changed, and the base ties the embedding to the head, so that both would change",
+        shown(tensor)
+    )]
+    Tied {
+        /// The tensor.
+        tensor: String,
     },
 }

@@ -5,7 +5,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use panacea_formats::{Adapter, AdapterConfig, Checkpoint, FormatError, Layout, LeftOut};
+use panacea_formats::{
+    Adapter, AdapterBaseProblem, AdapterConfig, Checkpoint, FormatError, Layout, LeftOut,
+};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -94,14 +96,14 @@ fn adapters_that_peft_saved_are_read_with_their_bases() {
             );
         }
         adapter
-            .check_base(&Checkpoint::open(&fixture(base)).unwrap())
+            .check_base(&Checkpoint::open(&fixture(base)).unwrap(), false)
             .unwrap();
         let other = match base {
             "oracle/llama-tied" => "oracle/llama3-rope",
             _ => "oracle/llama-tied",
         };
         let problems = adapter
-            .check_base(&Checkpoint::open(&fixture(other)).unwrap())
+            .check_base(&Checkpoint::open(&fixture(other)).unwrap(), false)
             .unwrap_err();
         assert!(!problems.all().is_empty(), "{case}");
     }
@@ -217,6 +219,21 @@ fn tensors_that_fit_neither_each_other_nor_the_config_are_refused() {
     assert_eq!(
         refusal(&huge, &[a, b]).unwrap(),
         "the scale of module `m.0.q` is not finite"
+    );
+}
+
+#[test]
+fn a_changed_half_of_a_tied_pair_is_refused_by_name() {
+    let checkpoint = Checkpoint::open(&fixture("peft/saved-head/adapter")).unwrap();
+    let config = AdapterConfig::read(&checkpoint).unwrap();
+    let adapter = Adapter::of(&checkpoint, &config).unwrap();
+    let base = Checkpoint::open(&fixture("oracle/llama3-rope")).unwrap();
+    let problems = adapter.check_base(&base, true).unwrap_err();
+    assert_eq!(
+        problems.all(),
+        [AdapterBaseProblem::Tied {
+            tensor: "lm_head.weight".to_owned()
+        }]
     );
 }
 

@@ -5,11 +5,13 @@
 
 mod apply;
 mod args;
+mod base;
 mod error;
 mod find;
 mod inspect;
 mod interrupt;
 mod keygen;
+mod model;
 mod optimize;
 mod output;
 mod patch;

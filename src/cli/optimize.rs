@@ -11,6 +11,7 @@ use super::args::{OptimizeArgs, WorkArgs};
 use super::error::{Exit, Failure};
 use super::find::{self, Found};
 use super::interrupt;
+use super::model::{Model, Use};
 use super::output::{default_perturbation, files_json};
 use super::plan::Plan;
 use super::report::{Report, Reporter, Saver, Table, bytes, number, percent};
@@ -19,17 +20,23 @@ use super::settings::Search;
 pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failure> {
     let search = Search::resolve(&args.method, &args.data)?;
     interrupt::listen()?;
-    let checkpoint = find::open(&args.model, reporter)?;
+    let usage = Use {
+        base: args.base.path.as_deref(),
+        merge: false,
+        computes: search.computes(),
+    };
+    let model = Model::open(&args.model, usage, reporter)?;
+    let search = search.in_space(model.space());
     let target = match &args.output {
         Some(path) => path.clone(),
-        None => default_perturbation(&checkpoint)?,
+        None => default_perturbation(&model.checkpoint)?,
     };
     let overwrite = match args.force {
         true => Overwrite::Replace,
         false => Overwrite::Never,
     };
     let mut inputs: Vec<PathBuf> = search.data_files();
-    inputs.push(args.model.clone());
+    inputs.extend(model.paths().into_iter().map(Path::to_owned));
     // One that is missing is reported by whoever opens it.
     let inputs: Vec<&Path> = inputs
         .iter()
@@ -37,11 +44,11 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         .filter(|path| path.exists())
         .collect();
     OutputFile::check(&target, overwrite, &inputs, 0)?;
-    let prepared = find::prepare(&checkpoint, &search, &args.work, reporter)?;
+    let prepared = find::prepare(&model, &search, &args.work, reporter)?;
     let size = 4 * prepared.target_elements() as u64 + HEADER_ROOM;
     OutputFile::check(&target, overwrite, &inputs, size)?;
     if args.dry_run {
-        return Plan::of_search(&checkpoint, &search, &prepared, &target, size)
+        return Plan::of_search(&model, &search, &prepared, &target, size)
             .print("optimize", reporter);
     }
 

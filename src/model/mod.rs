@@ -6,6 +6,7 @@
 //! its fused operations have no backward, which together cost 2.7 to 3.6 times the time and 4 times the memory on a
 //! 135M-parameter model. Candle's autograd remains as a second opinion in `tests/candle.rs`.
 
+mod adapter;
 mod block;
 mod config;
 mod decoder;
@@ -18,6 +19,7 @@ mod targets;
 mod tensors;
 mod weights;
 
+pub use adapter::AdapterModule;
 pub use config::{Config, ConfigError, MODEL_TYPES};
 pub use decoder::{Activations, Decoder, PackError};
 pub use frequencies::Frequencies;

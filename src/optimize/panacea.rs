@@ -15,7 +15,7 @@
 //!
 //! Source: Panacea, arXiv:2501.18100, algorithm 1.
 
-use super::adamw::AdamW;
+use super::adamw::{AdamW, Rates};
 use super::engine::{Batch, Engine, OptimizeError, Set, factor, wrapping};
 use super::radius::{Radius, Search};
 use super::step::{Phase, StepRecord};
@@ -37,6 +37,8 @@ pub struct Panacea {
     pub lambda: f64,
     /// Learning rate eta.
     pub lr: f64,
+    /// AdamW's weight decay; 0 leaves finished weights as they are. The reference code has 0.1, on an adapter's A and B.
+    pub weight_decay: f64,
     /// Iterations T; 0 gives eps alone and needs no task set.
     pub steps: usize,
     /// Rows of each set in a step.
@@ -53,6 +55,7 @@ impl Default for Panacea {
             rho: Radius::Fixed(1.0),
             lambda: 0.001,
             lr: 2e-5,
+            weight_decay: 0.0,
             steps: 0,
             batch: 10,
             final_eps: FinalEps::Whole,
@@ -200,7 +203,11 @@ impl Run {
             let clip = (CLIP / (d.norm() + 1e-6)).min(1.0);
             d.scale(factor(clip));
             let count = i32::try_from(step + 1).unwrap_or(i32::MAX);
-            self.adam.step(&mut self.w, &mut d, settings.lr, count);
+            let rates = Rates {
+                lr: settings.lr,
+                weight_decay: settings.weight_decay,
+            };
+            self.adam.step(&mut self.w, &mut d, rates, count);
             // d is free until the next gradient is written to it.
             d.copy_from(&self.w);
             d.add_scaled(-1.0, w0);
