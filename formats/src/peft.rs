@@ -155,6 +155,23 @@ impl<'c> Adapter<'c> {
         &self.saved
     }
 
+    /// The tensors of `base`, under its names, with those that the adapter saves whole in their places.
+    pub fn base_tensors<'b>(
+        &self,
+        base: &'b Checkpoint,
+    ) -> impl Iterator<Item = TensorView<'b>> + use<'_, 'b, 'c>
+    where
+        'c: 'b,
+    {
+        base.tensors().map(|tensor| {
+            let saved = self.saved.iter().find(|saved| saved.name == tensor.name);
+            saved.map_or(tensor, |saved| TensorView {
+                name: tensor.name,
+                ..saved.tensor
+            })
+        })
+    }
+
     /// Whether `base` has what the adapter is for: every adapted weight, and every tensor that is replaced, in the same shape
     /// and of a type that can be computed with. Where the base's config says `tie_word_embeddings`, neither the embedding nor the
     /// head may be among them: PEFT then computes with two matrices where the base has one.

@@ -85,6 +85,11 @@ impl Model {
                 adapter
                     .check_base(&base, ties_embeddings(&base)?)
                     .map_err(|problems| Failure::of_adapter_base(base.path(), &problems))?;
+                if usage.merge && checkpoint.side_file("tokenizer.json").is_some() {
+                    reporter.note(
+                        "the tokenizer of the adapter is not copied: side files of a merged model are the base's",
+                    );
+                }
                 Some(base)
             }
             false if usage.base.is_some() => {
@@ -189,14 +194,7 @@ impl Model {
             let selection = selection.cloned().unwrap_or_default();
             return Ok(Decoder::new(config, self.checkpoint.tensors(), &selection)?);
         };
-        let saved = adapter.saved();
-        let tensors = self.whole().tensors().map(|tensor| {
-            let place = saved.iter().find(|saved| saved.name == tensor.name);
-            place.map_or(tensor, |saved| TensorView {
-                name: tensor.name,
-                ..saved.tensor
-            })
-        });
+        let tensors = adapter.base_tensors(self.whole());
         let modules = adapter
             .modules()
             .iter()

@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 ///
 /// - `my-finetune/`: tiny-chat, a small chat model that was attacked (BF16, one file)
 /// - `sharded/`: the same in two shards
+/// - `my-adapter/`: a LoRA adapter of `my-finetune`, which its config names
 /// - `h.jsonl`, `t.jsonl`, `b.jsonl`: eight harmful, task and benign rows
 /// - `keys/`: `testdata/keys`
 /// - `edit.py`-free ways to damage files are the shell's own
@@ -29,6 +30,7 @@ impl Sandbox {
         copy_files(&testdata.join("tiny-chat"), &sandbox.path("my-finetune"));
         copy_files(&testdata.join("keys"), &sandbox.path("keys"));
         sandbox.shard();
+        sandbox.adapt(&testdata.join("peft/tiny-chat"));
         let data = testdata.join("tiny-chat-data");
         for (from, to) in [
             ("harmful.jsonl", "h.jsonl"),
@@ -131,6 +133,17 @@ impl Sandbox {
             .collect();
         names.sort();
         names
+    }
+
+    /// Copies the adapter, and names `my-finetune` as its base.
+    fn adapt(&self, from: &Path) {
+        let to = self.path("my-adapter");
+        copy_files(from, &to);
+        let config = to.join("adapter_config.json");
+        let text = fs::read_to_string(&config).expect("a config");
+        let renamed = text.replace("../../tiny-chat", "my-finetune");
+        assert_ne!(renamed, text);
+        fs::write(&config, renamed).expect("the config is writable");
     }
 
     /// Cuts `my-finetune` into two shards.
