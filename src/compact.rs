@@ -17,11 +17,13 @@ mod svd;
 
 use std::num::NonZeroUsize;
 
-use panacea_formats::DeltaTensor;
+use panacea_formats::{DeltaTensor, Form, WidenError};
 use rayon::prelude::*;
 use thiserror::Error;
 
 use crate::model::TargetTensors;
+
+use svd::Operand;
 
 pub use histogram::Histogram;
 
@@ -60,7 +62,8 @@ impl Compact {
         let tensors = matrices
             .into_par_iter()
             .map(|(values, [outputs, inputs])| {
-                let (a, b) = svd::truncated(values, outputs, inputs, rank.get()).factors();
+                let (a, b) =
+                    svd::truncated(Operand::Dense(values), outputs, inputs, rank.get()).factors();
                 Numbers::LowRank { a, b }
             })
             .collect();
@@ -162,29 +165,30 @@ impl Numbers {
     }
 }
 
-/// The largest squared singular values of the matrix `values` of `shape`, at most `count`, descending. Their running sums over
-/// the sum of squares are the energy that a low-rank form of each rank keeps.
+/// The largest squared singular values of a matrix, at most `count`, descending: their running sums over the sum of squares are
+/// the energy that a low-rank form of each rank would keep. Nothing of what is no matrix, and of sparse forms, which are made
+/// where ranks are high.
 ///
 /// # Errors
-/// When `values` is not of `shape`.
+/// When the values cannot be read, which the types rule out.
 pub fn spectrum(
-    values: &[f32],
-    shape: [usize; 2],
+    delta: &DeltaTensor<'_>,
     count: NonZeroUsize,
-) -> Result<Vec<f64>, CompactError> {
-    let [rows, columns] = shape;
-    if rows.checked_mul(columns) != Some(values.len()) {
-        return Err(CompactError::Shape {
-            place: 0,
-            elements: values.len(),
-            shape: shape.to_vec(),
-        });
-    }
-    Ok(svd::truncated(values, rows, columns, count.get())
-        .singular()
-        .iter()
-        .map(|singular| singular * singular)
-        .collect())
+) -> Result<Option<Vec<f64>>, WidenError> {
+    let &[rows, columns] = delta.shape() else {
+        return Ok(None);
+    };
+    let of = |matrix| svd::truncated(matrix, rows, columns, count.get());
+    let svd = match (delta.form(), delta.factors()) {
+        (_, Some((a, b))) => of(Operand::Product { a: &a, b: &b }),
+        (Form::Dense, None) => {
+            let mut values = vec![0.0; delta.elements()];
+            delta.read_into(0..values.len(), &mut values)?;
+            of(Operand::Dense(&values))
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(svd.singular().iter().map(|it| it * it).collect()))
 }
 
 /// The share of the energy that a sparse form is to keep: above 0 and at most 1.
@@ -345,10 +349,20 @@ mod tests {
                 .sum();
             assert_eq!(stored, 4 * 10 * k.min(4) as u64);
         }
-        let squares = spectrum(&known(), [6, 4], rank(9)).unwrap();
-        for (found, wanted) in squares.iter().zip([4.0, 1.0, 0.25, 0.0]) {
-            assert!((found - wanted).abs() < 1e-6, "{squares:?}");
+        let values = known();
+        let dense = DeltaTensor::new("w", &[6, 4], &values).unwrap();
+        let compact = Compact::low_rank(&delta, &[&[6, 4]], rank(3)).unwrap();
+        for matrix in [dense, compact.deltas(["w"])[0]] {
+            let squares = spectrum(&matrix, rank(9)).unwrap().unwrap();
+            assert_eq!(squares.len(), 4);
+            for (found, wanted) in squares.iter().zip([4.0, 1.0, 0.25, 0.0]) {
+                assert!((found - wanted).abs() < 1e-6, "{squares:?}");
+            }
         }
+        let sparse = DeltaTensor::sparse("w", &[6, 4], &[], &[]).unwrap();
+        assert_eq!(spectrum(&sparse, rank(9)), Ok(None));
+        let list = DeltaTensor::new("w", &[24], &values).unwrap();
+        assert_eq!(spectrum(&list, rank(9)), Ok(None));
     }
 
     #[test]
@@ -442,7 +456,6 @@ mod tests {
         assert!(Compact::sparse(&delta, &[&[2, 2]], half).is_err());
         assert!(Compact::sparse(&delta, &[], half).is_err());
         assert!(Compact::sparse(&delta, &[&[6]], half).is_ok());
-        assert!(spectrum(&[1.0; 6], [2, 2], rank(1)).is_err());
         for share in [0.0, -0.5, 1.1, f64::NAN] {
             assert_eq!(EnergyShare::new(share), None);
         }

@@ -27,8 +27,17 @@ pub(super) struct Svd {
     right: Vec<Vec<f64>>,
 }
 
-/// The `rank` largest singular values of `values`, rows x columns, or all when there are fewer. On the calling thread.
-pub(super) fn truncated(values: &[f32], rows: usize, columns: usize, rank: usize) -> Svd {
+/// A matrix of `rows` x `columns`, as it is held.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Operand<'a> {
+    /// By all values, row-major.
+    Dense(&'a [f32]),
+    /// As the product `b a`: `a` of any number of rows, `b` of as many columns.
+    Product { a: &'a [f32], b: &'a [f32] },
+}
+
+/// The `rank` largest singular values of `matrix`, rows x columns, or all when there are fewer. On the calling thread.
+pub(super) fn truncated(matrix: Operand<'_>, rows: usize, columns: usize, rank: usize) -> Svd {
     let rank = rank.min(rows).min(columns);
     let width = (rank + SPARE_VECTORS).min(rows).min(columns);
     if width == 0 {
@@ -38,25 +47,24 @@ pub(super) fn truncated(values: &[f32], rows: usize, columns: usize, rank: usize
             right: Vec::new(),
         };
     }
-    let (values, scale) = scaled(values);
-    let matrix = Matrix::new(&values, rows, columns);
-    let energy: f64 = values.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+    let (factors, scale) = scaled_factors(matrix);
+    let matrix = Chain::new(&factors, rows, columns);
 
     let generator = ChaCha8Rng::seed_from_u64(SEED);
     let random: Vec<f32> = StandardNormal
         .sample_iter(generator)
         .take(width * columns)
         .collect();
-    let mut left = Span::orthogonal(&product(&random, width, matrix.t(), rows), rows).0;
-    let mut images = product(&left.narrow(), width, matrix, columns);
+    let mut left = Span::orthogonal(&matrix.transposed_times(&random, width), rows).0;
+    let mut images = matrix.times(&left.narrow(), width);
     let mut inside = squared(&images);
     for _ in 0..MOST_ROUNDS {
         let right = Span::orthogonal(&images, columns).0;
-        left = Span::orthogonal(&product(&right.narrow(), width, matrix.t(), rows), rows).0;
-        images = product(&left.narrow(), width, matrix, columns);
+        left = Span::orthogonal(&matrix.transposed_times(&right.narrow(), width), rows).0;
+        images = matrix.times(&left.narrow(), width);
         let gained = squared(&images) - inside;
         inside += gained;
-        if gained <= ENOUGH * energy {
+        if gained <= ENOUGH * inside {
             break;
         }
     }
@@ -207,6 +215,59 @@ fn rotate(x: &mut [f64], y: &mut [f64], cosine: f64, sine: f64) {
     }
 }
 
+/// A matrix as the product of one or two, left to right.
+struct Chain<'a> {
+    rows: usize,
+    columns: usize,
+    first: Matrix<'a>,
+    /// With the number of its rows.
+    second: Option<(Matrix<'a>, usize)>,
+}
+
+impl<'a> Chain<'a> {
+    fn new(factors: &'a [Cow<'_, [f32]>], rows: usize, columns: usize) -> Self {
+        match factors {
+            [b, a] => {
+                let inner = a.len() / columns;
+                Self {
+                    rows,
+                    columns,
+                    first: Matrix::new(b, rows, inner),
+                    second: Some((Matrix::new(a, inner, columns), inner)),
+                }
+            }
+            _ => Self {
+                rows,
+                columns,
+                first: Matrix::new(&factors[0], rows, columns),
+                second: None,
+            },
+        }
+    }
+
+    /// `count` vectors, one after the other, each as long as there are rows, times the matrix.
+    fn times(&self, vectors: &[f32], count: usize) -> Vec<f32> {
+        match self.second {
+            None => product(vectors, count, self.first, self.columns),
+            Some((second, inner)) => {
+                let between = product(vectors, count, self.first, inner);
+                product(&between, count, second, self.columns)
+            }
+        }
+    }
+
+    /// `count` vectors, each as long as there are columns, times the matrix's transpose.
+    fn transposed_times(&self, vectors: &[f32], count: usize) -> Vec<f32> {
+        match self.second {
+            None => product(vectors, count, self.first.t(), self.rows),
+            Some((second, inner)) => {
+                let between = product(vectors, count, second.t(), inner);
+                product(&between, count, self.first.t(), self.rows)
+            }
+        }
+    }
+}
+
 /// `count` vectors, one after the other, each times `matrix` of `columns`.
 fn product(vectors: &[f32], count: usize, matrix: Matrix<'_>, columns: usize) -> Vec<f32> {
     let mut images = vec![0.0; count * columns];
@@ -219,6 +280,24 @@ fn product(vectors: &[f32], count: usize, matrix: Matrix<'_>, columns: usize) ->
         Threads::One,
     );
     images
+}
+
+/// The factors of the matrix from left to right, of sizes whose products stay in `f32`, and what their product was divided by.
+fn scaled_factors(matrix: Operand<'_>) -> (Vec<Cow<'_, [f32]>>, f64) {
+    let factors = match matrix {
+        Operand::Dense(values) => vec![values],
+        Operand::Product { a, b } => vec![b, a],
+    };
+    let mut scale = 1.0;
+    let factors = factors
+        .into_iter()
+        .map(|factor| {
+            let (factor, divisor) = scaled(factor);
+            scale *= divisor;
+            factor
+        })
+        .collect();
+    (factors, scale)
 }
 
 /// Runs `work` compiled for the best instruction set that the processor has.
@@ -286,7 +365,7 @@ const SPARE_VECTORS: usize = 16;
 /// Rounds of two products at most; only where singular values hardly decay are they used up, and there little is lost.
 const MOST_ROUNDS: usize = 20;
 
-/// A round that gains less than this share of the matrix's energy is the last.
+/// A round that gains less than this share of the energy inside the span is the last.
 const ENOUGH: f64 = 1e-6;
 
 /// What is left of a vector when only the rounding of `f64` is.
@@ -347,7 +426,7 @@ mod tests {
         ] {
             let values = decaying(rows, columns);
             let wanted = second_opinion(&values, rows, columns);
-            let found = truncated(&values, rows, columns, rank);
+            let found = truncated(Operand::Dense(&values), rows, columns, rank);
             assert_eq!(found.singular.len(), rank.min(rows).min(columns));
             for (place, (found, wanted)) in found.singular.iter().zip(&wanted).enumerate() {
                 // Products are in f32, whose rounding is relative to the largest value.
@@ -367,7 +446,7 @@ mod tests {
             .iter()
             .map(|s| s * s)
             .sum();
-        let found: f64 = truncated(&values, 160, 120, 8)
+        let found: f64 = truncated(Operand::Dense(&values), 160, 120, 8)
             .singular
             .iter()
             .map(|s| s * s)
@@ -380,7 +459,7 @@ mod tests {
     fn vectors_are_orthogonal_and_give_the_matrix_back() {
         let (rows, columns) = (40, 30);
         let values = random(rows, columns, 4);
-        let svd = truncated(&values, rows, columns, 30);
+        let svd = truncated(Operand::Dense(&values), rows, columns, 30);
         for vectors in [&svd.left, &svd.right] {
             for (i, x) in vectors.iter().enumerate() {
                 for (j, y) in vectors.iter().enumerate() {
@@ -407,11 +486,29 @@ mod tests {
             .iter()
             .flat_map(|x| right.iter().map(move |y| x * y))
             .collect();
-        let svd = truncated(&values, 50, 20, 4);
+        let svd = truncated(Operand::Dense(&values), 50, 20, 4);
         assert!((svd.singular[0] - 1.0).abs() < 1e-6, "{:?}", svd.singular);
         assert!(svd.singular[1] < 1e-6, "{:?}", svd.singular);
         let (a, b) = svd.factors();
         assert!(a.iter().chain(&b).all(|x| x.is_finite()));
+    }
+
+    #[test]
+    fn a_product_has_the_singular_values_of_its_expansion() {
+        let (rows, columns, inner) = (30, 50, 7);
+        let (a, b) = (random(inner, columns, 1), random(rows, inner, 2));
+        let mut values = vec![0.0; rows * columns];
+        for (place, value) in values.iter_mut().enumerate() {
+            let (row, column) = (place / columns, place % columns);
+            *value = (0..inner)
+                .map(|k| b[row * inner + k] * a[k * columns + column])
+                .sum();
+        }
+        let wanted = second_opinion(&values, rows, columns);
+        let found = truncated(Operand::Product { a: &a, b: &b }, rows, columns, 9);
+        for (found, wanted) in found.singular.iter().zip(&wanted) {
+            assert!((found - wanted).abs() < 1e-6, "{found} {wanted}");
+        }
     }
 
     #[test]
@@ -420,7 +517,7 @@ mod tests {
             let values: Vec<f32> = (0..12_u8)
                 .map(|i| if i % 5 == 0 { size } else { 0.0 })
                 .collect();
-            let svd = truncated(&values, 3, 4, 3);
+            let svd = truncated(Operand::Dense(&values), 3, 4, 3);
             for singular in &svd.singular {
                 assert!(
                     (singular / f64::from(size) - 1.0).abs() < 1e-6,
@@ -428,7 +525,10 @@ mod tests {
                 );
             }
         }
-        assert_eq!(truncated(&[0.0; 6], 2, 3, 2).singular, [0.0, 0.0]);
-        assert!(truncated(&[], 0, 3, 2).singular.is_empty());
+        assert_eq!(
+            truncated(Operand::Dense(&[0.0; 6]), 2, 3, 2).singular,
+            [0.0, 0.0]
+        );
+        assert!(truncated(Operand::Dense(&[]), 0, 3, 2).singular.is_empty());
     }
 }
