@@ -135,6 +135,11 @@ impl Prepared<'_> {
             .sum()
     }
 
+    /// Names and shapes of the targets, in the order of every list of tensors.
+    pub(super) fn targets(&self) -> &[(String, Vec<usize>)] {
+        &self.targets
+    }
+
     /// How many targets there are.
     pub(super) fn target_count(&self) -> usize {
         self.targets.len()

@@ -7,6 +7,7 @@ mod apply;
 mod args;
 mod error;
 mod find;
+mod form;
 mod inspect;
 mod interrupt;
 mod keygen;

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use super::args::{OptimizeArgs, WorkArgs};
 use super::error::{Exit, Failure};
 use super::find::{self, Found};
+use super::form::FormChoice;
 use super::interrupt;
 use super::output::{default_perturbation, files_json};
 use super::plan::Plan;
@@ -18,6 +19,7 @@ use super::settings::Search;
 
 pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failure> {
     let search = Search::resolve(&args.method, &args.data)?;
+    let form = FormChoice::of(&args.form);
     interrupt::listen()?;
     let checkpoint = find::open(&args.model, reporter)?;
     let target = match &args.output {
@@ -38,24 +40,26 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         .collect();
     OutputFile::check(&target, overwrite, &inputs, 0)?;
     let prepared = find::prepare(&checkpoint, &search, &args.work, reporter)?;
-    let size = 4 * prepared.target_elements() as u64 + HEADER_ROOM;
+    let size = form.bytes(prepared.targets()) + header_room(prepared.targets());
     OutputFile::check(&target, overwrite, &inputs, size)?;
     if args.dry_run {
-        return Plan::of_search(&checkpoint, &search, &prepared, &target, size)
+        return Plan::of_search(&checkpoint, &search, &prepared, form, &target, size)
             .print("optimize", reporter);
     }
 
     let state = State::beside(&target, &args.work);
     let resumed = state.resumed(&prepared.identity(), reporter)?;
     let saver = state.saver(prepared.identity());
-    let found = prepared
+    let mut found = prepared
         .run(saver, resumed, reporter)
         .map_err(|failure| state.explain(failure))?;
+    let made = form.make(&found, reporter)?;
+    found.record.parameters.extend(made.parameters());
 
     reporter.stage(format!("writing {}", target.display()));
     let mut output = OutputFile::create(&target, overwrite, &inputs)?;
     output.require_space(size)?;
-    let file = write_perturbation(&mut output, &found.record, &found.deltas())?;
+    let file = write_perturbation(&mut output, &found.record, &made.deltas(&found))?;
     let committed = output.commit()?;
     if let Some((path, error)) = committed.left_behind {
         reporter.note(format!("{} could not be deleted: {error}", path.display()));
@@ -69,13 +73,16 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         target.display()
     ));
     describe(&found, &mut table);
+    made.describe(&found, &mut table);
     table.row(
         "file",
         format!("{}, sha256 {}", bytes(file.bytes), file.sha256),
     );
+    let mut perturbation = found.to_json();
+    made.add_to(&mut perturbation, &found);
     let report = Report {
         output: Some(target.display().to_string()),
-        perturbation: Some(found.to_json()),
+        perturbation: Some(perturbation),
         steps: Some(found.steps_json()),
         radii: Some(json!(found.radii)),
         results: Some(results_json(&found)),
@@ -220,5 +227,11 @@ pub(super) fn results_json(found: &Found) -> Map<String, Value> {
         .collect()
 }
 
-/// Room for a perturbation's header: some 200 bytes for each target.
-const HEADER_ROOM: u64 = 1 << 20;
+/// Room for the header of a perturbation of `targets`: for each its line in the record and at most two in the file.
+fn header_room(targets: &[(String, Vec<usize>)]) -> u64 {
+    let lines = targets.iter().map(|(name, _)| 3 * name.len() + 400);
+    (lines.sum::<usize>() + RECORD_ROOM) as u64
+}
+
+/// Room for what a record says besides its targets.
+const RECORD_ROOM: usize = 4096;
