@@ -145,6 +145,29 @@ impl Prepared<'_> {
         self.targets.len()
     }
 
+    /// Whether all targets are projections of a decoder that is known, whose weights are outputs x inputs.
+    ///
+    /// # Errors
+    /// When the config is not known, or a target is something else.
+    pub(super) fn require_projections(&self) -> Result<(), Failure> {
+        if self.model.is_some() {
+            return Ok(());
+        }
+        let config = read_config(&required_side_file(self.checkpoint, "config.json")?)?;
+        let tensors = self.checkpoint.tensors();
+        let decoder = Decoder::new(config, tensors, &self.search.targets)?;
+        let known = |name: &str| decoder.targets().iter().any(|target| target.name == name);
+        match self.targets.iter().find(|(name, _)| !known(name)) {
+            None => Ok(()),
+            Some((name, _)) => Err(Failure::new(
+                Exit::Refused,
+                "the perturbation cannot be written as an adapter",
+            )
+            .because(format!("`{}` is no projection of a block", shown(name)))
+            .hint("leave out --peft, or name projections with --targets")),
+        }
+    }
+
     /// What computes and on which rows, where the method needs it.
     pub(super) fn model(&self) -> Option<(&Decoder<'_>, &Rows)> {
         self.model

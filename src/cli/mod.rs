@@ -3,6 +3,7 @@
 //!
 //! Exit codes are those of [`error::Exit`], which `--help` lists.
 
+mod adapter;
 mod apply;
 mod args;
 mod error;

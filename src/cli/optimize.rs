@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use panacea_formats::{OutputFile, Overwrite, write_perturbation};
+use panacea_formats::{Committed, OutputFile, Overwrite, write_perturbation};
 use panacea_patch::optimize;
 use panacea_patch::resume::{self, Identity};
 use serde_json::{Map, Value, json};
 
+use super::adapter::AdapterOutput;
 use super::args::{OptimizeArgs, WorkArgs};
 use super::error::{Exit, Failure};
 use super::find::{self, Found};
@@ -42,9 +43,21 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
     let prepared = find::prepare(&checkpoint, &search, &args.work, reporter)?;
     let size = form.bytes(prepared.targets()) + header_room(prepared.targets());
     OutputFile::check(&target, overwrite, &inputs, size)?;
+    let adapter = match &args.form.peft {
+        Some(path) => {
+            prepared.require_projections()?;
+            Some(AdapterOutput::plan(
+                path, overwrite, &inputs, &target, size,
+            )?)
+        }
+        None => None,
+    };
     if args.dry_run {
-        return Plan::of_search(&checkpoint, &search, &prepared, form, &target, size)
-            .print("optimize", reporter);
+        let mut plan = Plan::of_search(&checkpoint, &search, &prepared, form, &target, size);
+        if let Some(adapter) = &adapter {
+            plan.add_adapter(&adapter.file_names(), size);
+        }
+        return plan.print("optimize", reporter);
     }
 
     let state = State::beside(&target, &args.work);
@@ -60,10 +73,14 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
     let mut output = OutputFile::create(&target, overwrite, &inputs)?;
     output.require_space(size)?;
     let file = write_perturbation(&mut output, &found.record, &made.deltas(&found))?;
-    let committed = output.commit()?;
-    if let Some((path, error)) = committed.left_behind {
-        reporter.note(format!("{} could not be deleted: {error}", path.display()));
+    let mut files = vec![file.clone()];
+    if let Some(adapter) = &adapter {
+        reporter.stage(format!("writing {}", adapter.path().display()));
+        let (written, committed) = adapter.write(&checkpoint, &made.deltas(&found))?;
+        files.extend(written);
+        tell_of_leavings(committed, reporter);
     }
+    tell_of_leavings(output.commit()?, reporter);
     state.discard();
 
     let mut table = Table::new();
@@ -78,6 +95,13 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         "file",
         format!("{}, sha256 {}", bytes(file.bytes), file.sha256),
     );
+    if let Some(adapter) = &adapter {
+        let length: u64 = files.iter().skip(1).map(|file| file.bytes).sum();
+        table.row(
+            "adapter",
+            format!("{}, {}", adapter.path().display(), bytes(length)),
+        );
+    }
     let mut perturbation = found.to_json();
     made.add_to(&mut perturbation, &found);
     let report = Report {
@@ -86,10 +110,16 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         steps: Some(found.steps_json()),
         radii: Some(json!(found.radii)),
         results: Some(results_json(&found)),
-        files: Some(files_json(&[file])),
+        files: Some(files_json(&files)),
         ..Report::of("optimize")
     };
     reporter.result(report, &table)
+}
+
+fn tell_of_leavings(committed: Committed, reporter: &Reporter) {
+    if let Some((path, error)) = committed.left_behind {
+        reporter.note(format!("{} could not be deleted: {error}", path.display()));
+    }
 }
 
 /// The state file of a run: `.<output>.panacea-state` beside the output.

@@ -82,6 +82,12 @@ impl Plan {
         plan
     }
 
+    /// An adapter of the files `names`, of some `size` bytes, beside the perturbation.
+    pub(super) fn add_adapter(&mut self, names: &[String], size: u64) {
+        self.writes.extend_from_slice(names);
+        self.written_bytes += size;
+    }
+
     fn add_search(&mut self, checkpoint: &Checkpoint, search: &Search, prepared: &Prepared<'_>) {
         let plan = self;
         let elements = prepared.target_elements();
