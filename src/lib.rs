@@ -46,6 +46,7 @@
 //! ```
 
 pub mod apply;
+pub mod compact;
 pub mod data;
 pub mod manifest;
 pub mod model;

@@ -90,6 +90,14 @@ fn in_two_steps_as_in_one_and_merged_as_well() {
         "my-adapter --perturbation {file} --merge -o three-merged"
     ));
     let weights = |name: &str| fs::read(sandbox.path(name)).unwrap();
+    // Compact forms are of A and B as of any matrices.
+    for form in ["--as-lora 2", "--sparse 0.9"] {
+        sandbox.run(&format!(
+            "optimize my-adapter {SHORT} {form} -o c.safetensors --force"
+        ));
+        sandbox.run("apply my-adapter --perturbation c.safetensors --merge -o compact --force");
+        sandbox.run("inspect c.safetensors");
+    }
     assert!(weights("one/adapter_model.safetensors") == weights("two/adapter_model.safetensors"));
     assert!(weights("one-merged/model.safetensors") == weights("two-merged/model.safetensors"));
     assert_eq!(sandbox.files("two"), sandbox.files("three"));
@@ -161,6 +169,19 @@ fn two_runs_on_any_number_of_threads_and_a_resumed_one_give_the_same_files() {
     assert!(output.contains("base file model.safetensors"), "{output}");
     sandbox.run(&format!("{flags} --resume"));
     assert_eq!(sandbox.files("one"), sandbox.files("resumed"));
+}
+
+/// What `optimize --peft` writes is read, and merging it is applying the perturbation.
+#[test]
+fn a_perturbation_written_as_an_adapter_is_one() {
+    let sandbox = Sandbox::new();
+    sandbox.run(
+        "optimize my-finetune --method random --rho 1 --as-lora 2 --peft made -o p.safetensors",
+    );
+    sandbox.run("apply my-finetune --perturbation p.safetensors -o applied");
+    sandbox.run("made --method random --rho 1 --strength 0 --merge -o merged");
+    let weights = |name: &str| fs::read(sandbox.path(name).join("model.safetensors")).unwrap();
+    assert!(weights("applied") == weights("merged"));
 }
 
 #[test]

@@ -64,9 +64,9 @@ pub use peft::{
     MAX_ADAPTER_CONFIG_BYTES, PeftError, SavedTensor, Selected,
 };
 pub use perturbation::{
-    BaseProblem, BaseTensor, DIRECTION, DataSource, DeltaTensor, FORMAT_VERSION, Form, NotFinite,
-    Perturbation, PerturbationError, PerturbationRecord, PerturbationWriteError, Space,
-    TensorProblem, check_base, describe_base, write_perturbation,
+    AdapterWriteError, BaseProblem, BaseTensor, DIRECTION, DataSource, DeltaTensor, FORMAT_VERSION,
+    Form, NotFinite, Perturbation, PerturbationError, PerturbationRecord, PerturbationWriteError,
+    Space, TensorProblem, check_base, describe_base, write_adapter, write_perturbation,
 };
 pub use safetensors::{MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError, SafetensorsFile};
 pub use tensor::{TensorView, WidenError};

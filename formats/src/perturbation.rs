@@ -35,6 +35,7 @@
 //! describe, half of a form, or two for one tensor. Values that are not finite are refused in both directions, and so are factors
 //! whose product might not be.
 
+mod adapter;
 mod base;
 mod delta;
 mod record;
@@ -52,6 +53,7 @@ use crate::safetensors::SafetensorsFile;
 
 use stored::StoredDelta;
 
+pub use adapter::{AdapterWriteError, write_adapter};
 pub use base::{BaseProblem, check_base, describe_base};
 pub use delta::{DeltaTensor, Form, NotFinite};
 pub use record::{BaseTensor, DIRECTION, DataSource, FORMAT_VERSION, PerturbationRecord, Space};

@@ -14,6 +14,7 @@
 //! the tests.
 
 mod header;
+mod writer;
 
 use std::fs::File;
 use std::io;
@@ -26,6 +27,8 @@ use crate::error::FormatError;
 use crate::tensor::TensorView;
 
 use header::Header;
+pub(crate) use writer::{Stored, write_tensors};
+
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError};
 
 /// A safetensors file, open and checked.

@@ -4,12 +4,14 @@
 //! method would pass over is refused rather than ignored. Parsers refuse values that no setting could make sense of.
 
 use std::error::Error;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use panacea_patch::apply::Strength;
+use panacea_patch::compact::EnergyShare;
 use panacea_patch::data::{DataPath, TemplateChoice};
 use panacea_patch::model::TargetSelection;
 
@@ -131,6 +133,8 @@ pub(crate) struct OptimizeArgs {
     #[arg(long, help_heading = OUTPUT)]
     pub(crate) dry_run: bool,
 
+    #[command(flatten)]
+    pub(crate) form: FormArgs,
     #[command(flatten)]
     pub(crate) data: DataArgs,
     #[command(flatten)]
@@ -393,6 +397,23 @@ pub(crate) struct AdditionArgs {
     pub(crate) rounding: Option<RoundingName>,
 }
 
+/// In which form a perturbation is written. Dense where nothing is asked for.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct FormArgs {
+    /// Write the perturbation of each matrix as the product of two of this rank, and tell how much of its energy that keeps.
+    #[arg(long, value_name = "RANK", value_parser = rank, conflicts_with = "sparse")]
+    pub(crate) as_lora: Option<NonZeroUsize>,
+
+    /// Write only the largest elements that together hold this share of the energy, above 0 and at most 1.
+    #[arg(long, value_name = "SHARE", value_parser = energy_share, allow_negative_numbers = true)]
+    pub(crate) sparse: Option<EnergyShare>,
+
+    /// Write the low-rank perturbation to this new directory too, as an adapter that PEFT loads over the unpatched model.
+    #[arg(long, value_name = "DIR", requires = "as_lora")]
+    pub(crate) peft: Option<PathBuf>,
+}
+
 /// What is written beside the weights, and over what.
 #[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Output")]
@@ -555,6 +576,18 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     }
 }
 
+fn rank(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse()
+        .map_err(|_| "a whole number of 1 or above belongs here".to_owned())
+}
+
+fn energy_share(text: &str) -> Result<EnergyShare, String> {
+    text.parse()
+        .ok()
+        .and_then(EnergyShare::new)
+        .ok_or_else(|| "a share above 0 and at most 1 belongs here".to_owned())
+}
+
 /// Parses with `FromStr`, and says all of its error.
 fn explained<T>(text: &str) -> Result<T, String>
 where
@@ -630,6 +663,25 @@ mod tests {
                 .expect_err(flags[1]);
             assert_eq!(error.exit_code(), 2, "{flags:?}");
             assert!(error.to_string().contains(flags[0]), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_perturbation_has_one_form() {
+        for flags in [
+            &["--as-lora", "0"][..],
+            &["--as-lora", "8.5"],
+            &["--sparse", "0"],
+            &["--sparse", "1.01"],
+            &["--sparse", "nan"],
+            &["--sparse", "-0.5"],
+            &["--as-lora", "8", "--sparse", "0.9"],
+            &["--peft", "adapter"],
+            &["--peft", "adapter", "--sparse", "0.9"],
+        ] {
+            let words = ["panacea-patch", "optimize", "m"].iter().chain(flags);
+            let error = Cli::try_parse_from(words).expect_err("two forms, or none");
+            assert_eq!(error.exit_code(), 2, "{flags:?}");
         }
     }
 }

@@ -133,9 +133,37 @@ impl Prepared<'_> {
             .sum()
     }
 
+    /// Names and shapes of the targets, in the order of every list of tensors.
+    pub(super) fn targets(&self) -> &[(String, Vec<usize>)] {
+        &self.targets
+    }
+
     /// How many targets there are.
     pub(super) fn target_count(&self) -> usize {
         self.targets.len()
+    }
+
+    /// Whether all targets are projections of a decoder that is known, whose weights are outputs x inputs.
+    ///
+    /// # Errors
+    /// When the config is not known, or a target is something else.
+    pub(super) fn require_projections(&self) -> Result<(), Failure> {
+        if self.computing.is_some() {
+            return Ok(());
+        }
+        let config = read_config(&required_side_file(&self.model.checkpoint, "config.json")?)?;
+        let selection = self.search.selection();
+        let decoder = self.model.decoder(config, selection.as_ref())?;
+        let known = |name: &str| decoder.targets().iter().any(|target| target.name == name);
+        match self.targets.iter().find(|(name, _)| !known(name)) {
+            None => Ok(()),
+            Some((name, _)) => Err(Failure::new(
+                Exit::Refused,
+                "the perturbation cannot be written as an adapter",
+            )
+            .because(format!("`{}` is no projection of a block", shown(name)))
+            .hint("leave out --peft, or name projections with --targets")),
+        }
     }
 
     /// What computes and on which rows, where the method needs it.

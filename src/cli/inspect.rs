@@ -2,6 +2,7 @@
 
 mod adapter;
 mod energy;
+mod ranks;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,8 +11,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use panacea_formats::json::parse_strict;
 use panacea_formats::{
-    Checkpoint, FormatError, FormatErrorKind, Layout, Perturbation, SafetensorsFile, TensorView,
-    shown,
+    Checkpoint, Form, FormatError, FormatErrorKind, Layout, Perturbation, SafetensorsFile,
+    TensorView, shown,
 };
 use panacea_patch::manifest::{Statement, manifest_path, signature_path};
 use panacea_patch::model::TargetSelection;
@@ -24,6 +25,7 @@ use super::find::{block_and_projection, read_config, targets_by_name};
 use super::report::{Report, Reporter, Table, bar, bytes, number, percent};
 use super::verify;
 use energy::Energy;
+use ranks::Ranks;
 
 pub(super) fn run(args: &InspectArgs, reporter: &Reporter) -> Result<(), Failure> {
     let path = &args.path;
@@ -270,7 +272,9 @@ fn not_finite(tensors: &[TensorView<'_>]) -> Result<Vec<(String, usize)>, Failur
 fn perturbation(path: &Path, table: &mut Table) -> Result<Value, Failure> {
     let perturbation = Perturbation::open(path)?;
     let record = perturbation.record();
+    let forms = Forms::of(&perturbation);
     let energy = Energy::of(&perturbation)?;
+    let ranks = Ranks::of(&perturbation, &energy)?;
     table.heading(format!("{} is a perturbation", path.display()));
     table.row("made by", shown(&record.tool).to_string());
     table.row(
@@ -294,6 +298,7 @@ fn perturbation(path: &Path, table: &mut Table) -> Result<Value, Failure> {
             ),
         );
     }
+    forms.describe(table);
     table.row(
         "norm",
         format!(
@@ -314,8 +319,13 @@ fn perturbation(path: &Path, table: &mut Table) -> Result<Value, Failure> {
     for (energy_share, elements) in &concentration {
         table.row(format!("{:.0}%", 100.0 * energy_share), percent(*elements));
     }
+    if !ranks.is_empty() {
+        table.heading("share of the energy that a low-rank form keeps, by its rank:");
+        table.list(ranks.lines());
+    }
     Ok(json!({
         "kind": "perturbation",
+        "forms": forms.to_json(),
         "method": record.method,
         "parameters": record.parameters,
         "seed": record.seed,
@@ -338,7 +348,79 @@ fn perturbation(path: &Path, table: &mut Table) -> Result<Value, Failure> {
             .iter()
             .map(|(energy, elements)| json!({"energy": energy, "elements": elements}))
             .collect::<Vec<_>>(),
+        "ranks": ranks.to_json(),
     }))
+}
+
+/// The tensors of a perturbation by their form.
+#[derive(Debug, Default)]
+struct Forms {
+    /// By the form's name and, where it is low rank, the rank.
+    groups: BTreeMap<(&'static str, usize), FormGroup>,
+}
+
+#[derive(Debug, Default)]
+struct FormGroup {
+    tensors: usize,
+    /// Entries of sparse tensors.
+    entries: usize,
+    stored_bytes: u64,
+}
+
+impl Forms {
+    fn of(perturbation: &Perturbation) -> Self {
+        let mut forms = Self::default();
+        for delta in perturbation.deltas() {
+            let (key, entries) = match delta.form() {
+                Form::LowRank { rank } => (("low rank", rank), 0),
+                Form::Sparse { entries } => (("sparse", 0), entries),
+                _ => (("dense", 0), 0),
+            };
+            let group = forms.groups.entry(key).or_default();
+            group.tensors += 1;
+            group.entries += entries;
+            group.stored_bytes += delta.stored_bytes();
+        }
+        forms
+    }
+
+    fn describe(&self, table: &mut Table) {
+        for (&(form, rank), group) in &self.groups {
+            let what = match form {
+                "low rank" => format!("low rank, {rank}"),
+                "sparse" => format!("sparse, {} elements", group.entries),
+                other => other.to_owned(),
+            };
+            let FormGroup {
+                tensors,
+                stored_bytes,
+                ..
+            } = group;
+            table.row(
+                "form",
+                format!("{what}: {tensors} tensors, {}", bytes(*stored_bytes)),
+            );
+        }
+    }
+
+    fn to_json(&self) -> Vec<Value> {
+        self.groups
+            .iter()
+            .map(|(&(form, rank), group)| {
+                let mut value = json!({
+                    "form": form,
+                    "tensors": group.tensors,
+                    "stored_bytes": group.stored_bytes,
+                });
+                match form {
+                    "low rank" => value["rank"] = json!(rank),
+                    "sparse" => value["entries"] = json!(group.entries),
+                    _ => {}
+                }
+                value
+            })
+            .collect()
+    }
 }
 
 /// The energy of each block, over its projections.

@@ -3,11 +3,13 @@
 //!
 //! Exit codes are those of [`error::Exit`], which `--help` lists.
 
+mod adapter;
 mod apply;
 mod args;
 mod base;
 mod error;
 mod find;
+mod form;
 mod inspect;
 mod interrupt;
 mod keygen;

@@ -2,14 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use panacea_formats::{OutputFile, Overwrite, write_perturbation};
+use panacea_formats::{Committed, OutputFile, Overwrite, Space, write_perturbation};
 use panacea_patch::optimize;
 use panacea_patch::resume::{self, Identity};
 use serde_json::{Map, Value, json};
 
+use super::adapter::AdapterOutput;
 use super::args::{OptimizeArgs, WorkArgs};
 use super::error::{Exit, Failure};
 use super::find::{self, Found};
+use super::form::FormChoice;
 use super::interrupt;
 use super::model::{Model, Use};
 use super::output::{default_perturbation, files_json};
@@ -19,6 +21,7 @@ use super::settings::Search;
 
 pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failure> {
     let search = Search::resolve(&args.method, &args.data)?;
+    let form = FormChoice::of(&args.form);
     interrupt::listen()?;
     let usage = Use {
         base: args.base.path.as_deref(),
@@ -26,6 +29,11 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         computes: search.computes(),
     };
     let model = Model::open(&args.model, usage, reporter)?;
+    if args.form.peft.is_some() && model.space() == Space::Adapter {
+        return Err(Failure::usage("`--peft` has no effect on a LoRA adapter")
+            .because("its perturbation is of A and B, and has no adapter of its own")
+            .hint("leave out `--peft`; `panacea-patch apply` writes the patched adapter"));
+    }
     let search = search.in_space(model.space());
     let target = match &args.output {
         Some(path) => path.clone(),
@@ -45,28 +53,46 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         .collect();
     OutputFile::check(&target, overwrite, &inputs, 0)?;
     let prepared = find::prepare(&model, &search, &args.work, reporter)?;
-    let size = 4 * prepared.target_elements() as u64 + HEADER_ROOM;
+    let size = form.bytes(prepared.targets()) + header_room(prepared.targets());
     OutputFile::check(&target, overwrite, &inputs, size)?;
+    let adapter = match &args.form.peft {
+        Some(path) => {
+            prepared.require_projections()?;
+            Some(AdapterOutput::plan(
+                path, overwrite, &inputs, &target, size,
+            )?)
+        }
+        None => None,
+    };
     if args.dry_run {
-        return Plan::of_search(&model, &search, &prepared, &target, size)
-            .print("optimize", reporter);
+        let mut plan = Plan::of_search(&model, &search, &prepared, form, &target, size);
+        if let Some(adapter) = &adapter {
+            plan.add_adapter(&adapter.file_names(), size);
+        }
+        return plan.print("optimize", reporter);
     }
 
     let state = State::beside(&target, &args.work);
     let resumed = state.resumed(&prepared.identity(), reporter)?;
     let saver = state.saver(prepared.identity());
-    let found = prepared
+    let mut found = prepared
         .run(saver, resumed, reporter)
         .map_err(|failure| state.explain(failure))?;
+    let made = form.make(&found, reporter)?;
+    found.record.parameters.extend(made.parameters());
 
     reporter.stage(format!("writing {}", target.display()));
     let mut output = OutputFile::create(&target, overwrite, &inputs)?;
     output.require_space(size)?;
-    let file = write_perturbation(&mut output, &found.record, &found.deltas())?;
-    let committed = output.commit()?;
-    if let Some((path, error)) = committed.left_behind {
-        reporter.note(format!("{} could not be deleted: {error}", path.display()));
+    let file = write_perturbation(&mut output, &found.record, &made.deltas(&found))?;
+    let mut files = vec![file.clone()];
+    if let Some(adapter) = &adapter {
+        reporter.stage(format!("writing {}", adapter.path().display()));
+        let (written, committed) = adapter.write(&model.checkpoint, &made.deltas(&found))?;
+        files.extend(written);
+        tell_of_leavings(committed, reporter);
     }
+    tell_of_leavings(output.commit()?, reporter);
     state.discard();
 
     let mut table = Table::new();
@@ -76,20 +102,36 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         target.display()
     ));
     describe(&found, &mut table);
+    made.describe(&found, &mut table);
     table.row(
         "file",
         format!("{}, sha256 {}", bytes(file.bytes), file.sha256),
     );
+    if let Some(adapter) = &adapter {
+        let length: u64 = files.iter().skip(1).map(|file| file.bytes).sum();
+        table.row(
+            "adapter",
+            format!("{}, {}", adapter.path().display(), bytes(length)),
+        );
+    }
+    let mut perturbation = found.to_json();
+    made.add_to(&mut perturbation, &found);
     let report = Report {
         output: Some(target.display().to_string()),
-        perturbation: Some(found.to_json()),
+        perturbation: Some(perturbation),
         steps: Some(found.steps_json()),
         radii: Some(json!(found.radii)),
         results: Some(results_json(&found)),
-        files: Some(files_json(&[file])),
+        files: Some(files_json(&files)),
         ..Report::of("optimize")
     };
     reporter.result(report, &table)
+}
+
+fn tell_of_leavings(committed: Committed, reporter: &Reporter) {
+    if let Some((path, error)) = committed.left_behind {
+        reporter.note(format!("{} could not be deleted: {error}", path.display()));
+    }
 }
 
 /// The state file of a run: `.<output>.panacea-state` beside the output.
@@ -227,5 +269,11 @@ pub(super) fn results_json(found: &Found) -> Map<String, Value> {
         .collect()
 }
 
-/// Room for a perturbation's header: some 200 bytes for each target.
-const HEADER_ROOM: u64 = 1 << 20;
+/// Room for the header of a perturbation of `targets`: for each its line in the record and at most two in the file.
+fn header_room(targets: &[(String, Vec<usize>)]) -> u64 {
+    let lines = targets.iter().map(|(name, _)| 3 * name.len() + 400);
+    (lines.sum::<usize>() + RECORD_ROOM) as u64
+}
+
+/// Room for what a record says besides its targets.
+const RECORD_ROOM: usize = 4096;

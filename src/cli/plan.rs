@@ -1,7 +1,8 @@
 //! `--dry-run`: what a run would read, compute, hold in memory and write. Everything that can be refused was refused before.
 //!
-//! Bytes are exact but for those of manifest and signature, which are not counted. Memory and work are estimates from above: a search for a radius may end early, and so may
-//! the steps.
+//! Bytes are exact but for those of manifest and signature, which are not counted, and of a perturbation, whose header depends on
+//! what is found, and its entries too where it is sparse. Memory and work are estimates from above: a search for a radius may end
+//! early, and so may the steps.
 
 use std::path::Path;
 
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::error::Failure;
 use super::find::Prepared;
+use super::form::FormChoice;
 use super::model::Model;
 use super::output::Output;
 use super::report::{Report, Reporter, Table, bytes, number};
@@ -27,6 +29,8 @@ pub(super) struct Plan {
     /// What is written.
     writes: Vec<String>,
     written_bytes: u64,
+    /// How exact that is, in words before it.
+    written: &'static str,
     /// What is held in memory besides the mapped weights: a name and its length.
     memory: Vec<(&'static str, u64)>,
     /// Floating-point operations, at most.
@@ -50,11 +54,12 @@ impl Plan {
         Ok(plan)
     }
 
-    /// The search alone, whose perturbation of `size` bytes goes to `target`.
+    /// The search alone, whose perturbation in the form `form`, of some `size` bytes, goes to `target`.
     pub(super) fn of_search(
         model: &Model,
         search: &Search,
         prepared: &Prepared<'_>,
+        form: FormChoice,
         target: &Path,
         size: u64,
     ) -> Self {
@@ -63,6 +68,10 @@ impl Plan {
             reads: weights(&model.checkpoint),
             writes: vec![target.display().to_string()],
             written_bytes: size,
+            written: match form {
+                FormChoice::Sparse(_) => "at most about",
+                _ => "about",
+            },
             memory: Vec::new(),
             operations: 0.0,
             targets: None,
@@ -71,6 +80,12 @@ impl Plan {
             .extend(model.base().into_iter().flat_map(weights));
         plan.add_search(model, search, prepared);
         plan
+    }
+
+    /// An adapter of the files `names`, of some `size` bytes, beside the perturbation.
+    pub(super) fn add_adapter(&mut self, names: &[String], size: u64) {
+        self.writes.extend_from_slice(names);
+        self.written_bytes += size;
     }
 
     fn add_search(&mut self, model: &Model, search: &Search, prepared: &Prepared<'_>) {
@@ -164,6 +179,7 @@ impl Plan {
             reads,
             writes,
             written_bytes: copied_bytes(checkpoint)?,
+            written: "",
             memory: vec![(
                 "chunks being patched",
                 8 * panacea_formats::CHUNK_BYTES as u64,
@@ -186,7 +202,8 @@ impl Plan {
         for (name, length) in &self.reads {
             table.row("reads", sized(name, *length));
         }
-        table.row("writes", bytes(self.written_bytes));
+        let length = bytes(self.written_bytes);
+        table.row("writes", format!("{} {length}", self.written).trim_start());
         for name in &self.writes {
             table.row("", name);
         }

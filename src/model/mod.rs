@@ -13,7 +13,7 @@ mod decoder;
 mod frequencies;
 mod head;
 mod kernels;
-mod matmul;
+pub(crate) mod matmul;
 mod pack;
 mod targets;
 mod tensors;

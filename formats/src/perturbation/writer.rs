@@ -1,8 +1,8 @@
 //! Writes a perturbation file: the same record and values give the same bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
-use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::delta::Part;
@@ -12,6 +12,7 @@ use super::{DeltaTensor, METADATA_KEY, TensorProblem};
 use crate::atomic::{OutputError, OutputFile, WrittenFile};
 use crate::dtype::Dtype;
 use crate::error::Problems;
+use crate::safetensors::{Stored, write_tensors};
 
 /// Writes `record` and `deltas`, each in its form, to `output` and finishes it; the caller commits. Tensors are stored in the
 /// order of their names.
@@ -24,30 +25,27 @@ pub fn write_perturbation(
     deltas: &[DeltaTensor<'_>],
 ) -> Result<WrittenFile, PerturbationWriteError> {
     let tensors = matched(record, deltas).map_err(PerturbationWriteError::Tensors)?;
-    output.write_all(&header(record, &tensors))?;
-    let mut bytes = Vec::with_capacity(4 * BLOCK);
-    for tensor in tensors.values() {
-        let length = tensor.numbers();
-        for start in (0..length).step_by(BLOCK) {
-            let range = start..length.min(start + BLOCK);
-            bytes.clear();
-            match tensor.part {
-                Part::Values(values) => values.append_to(range, &mut bytes),
-                Part::Indices(indices) => indices.append_to(range, &mut bytes),
-            }
-            output.write_all(&bytes)?;
-        }
-    }
+    write_tensors((METADATA_KEY, &record.to_json()), &tensors, |bytes| {
+        output.write_all(bytes)
+    })?;
     Ok(output.finish()?)
 }
 
-/// A tensor to be stored.
-struct Stored<'a> {
+/// A part of a delta, as a file stores it.
+pub(super) struct StoredPart<'a> {
     shape: Vec<usize>,
     part: Part<'a>,
 }
 
-impl Stored<'_> {
+impl<'a> StoredPart<'a> {
+    /// The parts of `delta`, with what follows its tensor's name in theirs.
+    pub(super) fn of(delta: &DeltaTensor<'a>) -> impl Iterator<Item = (&'static str, Self)> {
+        let parts = delta.parts().into_iter();
+        parts.map(|(end, shape, part)| (end, Self { shape, part }))
+    }
+}
+
+impl Stored for StoredPart<'_> {
     fn dtype(&self) -> Dtype {
         match self.part {
             Part::Values(_) => Dtype::F32,
@@ -55,11 +53,21 @@ impl Stored<'_> {
         }
     }
 
-    /// How many numbers of four bytes it has.
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
     fn numbers(&self) -> usize {
         match self.part {
             Part::Values(values) => values.len(),
             Part::Indices(indices) => indices.len(),
+        }
+    }
+
+    fn append_to(&self, range: Range<usize>, bytes: &mut Vec<u8>) {
+        match self.part {
+            Part::Values(values) => values.append_to(range, bytes),
+            Part::Indices(indices) => indices.append_to(range, bytes),
         }
     }
 }
@@ -68,7 +76,7 @@ impl Stored<'_> {
 fn matched<'a>(
     record: &PerturbationRecord,
     deltas: &[DeltaTensor<'a>],
-) -> Result<BTreeMap<String, Stored<'a>>, Problems<TensorProblem>> {
+) -> Result<BTreeMap<String, StoredPart<'a>>, Problems<TensorProblem>> {
     let mut stored = BTreeMap::new();
     let mut problems = Vec::new();
     let mut seen = BTreeSet::new();
@@ -78,7 +86,7 @@ fn matched<'a>(
             Some(base) if seen.insert(delta.name()) => problems.extend(problem_of(delta, base)),
             _ => problems.push(TensorProblem::Undescribed { tensor }),
         }
-        for (end, shape, part) in delta.parts() {
+        for (end, part) in StoredPart::of(delta) {
             let name = format!("{}{end}", delta.name());
             if !end.is_empty() && record.base.contains_key(&name) {
                 problems.push(TensorProblem::NameTaken {
@@ -86,7 +94,7 @@ fn matched<'a>(
                     stored: name.clone(),
                 });
             }
-            stored.insert(name, Stored { shape, part });
+            stored.insert(name, part);
         }
     }
     problems.extend(
@@ -101,38 +109,6 @@ fn matched<'a>(
     Problems::none_of(problems)?;
     Ok(stored)
 }
-
-/// The header with its length before it: metadata first, then the tensors in order, then spaces up to a multiple of 8 bytes,
-/// which keeps the values aligned for readers that care.
-fn header(record: &PerturbationRecord, tensors: &BTreeMap<String, Stored<'_>>) -> Vec<u8> {
-    let text = |value: &Value| value.to_string();
-    let mut json = format!(
-        "{{\"__metadata__\":{{{}:{}}}",
-        text(&METADATA_KEY.into()),
-        text(&record.to_json().into())
-    );
-    let mut begin = 0;
-    for (name, tensor) in tensors {
-        let end = begin + 4 * tensor.numbers();
-        json.push_str(&format!(
-            ",{}:{{\"dtype\":\"{}\",\"shape\":{},\"data_offsets\":[{begin},{end}]}}",
-            text(&Value::from(name.as_str())),
-            tensor.dtype(),
-            json!(tensor.shape),
-        ));
-        begin = end;
-    }
-    json.push('}');
-    while json.len() % 8 != 0 {
-        json.push(' ');
-    }
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.extend_from_slice(json.as_bytes());
-    header
-}
-
-/// Numbers written at once.
-const BLOCK: usize = 1 << 18;
 
 /// Why a perturbation was not written.
 #[derive(Debug, Error)]
