@@ -366,6 +366,11 @@ fn what_has_no_effect_or_does_not_fit_is_refused() {
         ("ranked", 3, "is stored with rank 8, and the config says 4"),
         ("lost", 3, "was not found"),
         (
+            "optimize my-adapter --as-lora 2 --peft made",
+            2,
+            "`--peft` has no effect on a LoRA adapter",
+        ),
+        (
             "my-adapter --weight-decay 1",
             2,
             "`--weight-decay` has no effect",

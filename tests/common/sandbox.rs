@@ -52,7 +52,11 @@ impl Sandbox {
     /// Runs `command` in `sh`, in the sandbox; gives the exit code, and stdout and stderr as one text.
     pub fn shell(&self, command: &str) -> (i32, String) {
         // One pipe for both streams, so that their order is that of the writing.
-        let output = Command::new("sh")
+        let mut shell = Command::new("sh");
+        for variable in CACHES {
+            shell.env_remove(variable);
+        }
+        let output = shell
             .args(["-c", &format!("exec 2>&1\n{command}")])
             .current_dir(self.directory.path())
             .env("PATH", path_with_program())
@@ -177,6 +181,14 @@ impl Sandbox {
         fs::write(to.join("model.safetensors.index.json"), index.to_string()).expect("an index");
     }
 }
+
+/// Variables that would have an adapter's base looked for elsewhere than in the sandbox.
+const CACHES: [&str; 4] = [
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+    "HF_HOME",
+    "XDG_CACHE_HOME",
+];
 
 /// Whether permissions mean nothing to these tests.
 pub fn is_root() -> bool {

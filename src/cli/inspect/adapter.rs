@@ -57,6 +57,7 @@ pub(super) fn describe(
         "base",
         match (name, &found) {
             (None, _) => "none named".to_owned(),
+            (Some(name), Some(path)) if path.as_os_str() == name => shown(name).to_string(),
             (Some(name), Some(path)) => format!("{}, at {}", shown(name), path.display()),
             (Some(name), None) => format!("{}, not found here", shown(name)),
         },
