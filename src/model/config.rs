@@ -601,6 +601,68 @@ mod tests {
         assert_eq!(config.rotary[1].inverse[0], 1.0);
     }
 
+    /// Configs as they are published, in every spelling that is met; where they come from is in `testdata/configs/README.md`.
+    fn published(name: &str) -> Config {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/configs");
+        let text = std::fs::read_to_string(folder.join(format!("{name}.json"))).expect(name);
+        Config::parse(&text).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    #[test]
+    fn published_configs_are_accepted() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/configs");
+        let mut seen = std::collections::BTreeSet::new();
+        for entry in std::fs::read_dir(folder).expect("configs") {
+            let path = entry.expect("an entry").path();
+            if path.extension().is_some_and(|it| it == "json") {
+                let text = std::fs::read_to_string(&path).expect("a config");
+                let config = Config::parse(&text)
+                    .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+                assert_eq!(config.blocks.len(), config.num_hidden_layers());
+                seen.insert(config.model_type);
+            }
+        }
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), MODEL_TYPES);
+    }
+
+    #[test]
+    fn published_configs_mean_what_their_authors_say() {
+        let windows = |config: &Config| {
+            let windows = config.blocks.iter().filter_map(|block| block.window);
+            (windows.clone().count(), windows.max())
+        };
+        let phi = published("Phi-4-mini-instruct");
+        assert_eq!((phi.rotary[0].inverse.len(), phi.head_dim), (48, 128));
+        assert_eq!(
+            phi.rotary[0].long.as_ref().map(|(above, _)| *above),
+            Some(4096)
+        );
+        let gemma = published("gemma-2-9b");
+        assert_eq!(windows(&gemma), (21, Some(4096)));
+        assert_eq!(
+            (gemma.scores.softcap, gemma.logits.softcap),
+            (Some(50.0), Some(30.0))
+        );
+        assert_eq!(gemma.scores.scale, 1.0 / 16.0);
+        let gemma = published("gemma-3-27b-it");
+        assert_eq!(windows(&gemma), (52, Some(1024)));
+        assert!((gemma.scores.scale - 168f32.sqrt().recip()).abs() < 1e-8);
+        assert_eq!(gemma.rotary[0].inverse[0], 0.125);
+        let qwen = published("Qwen3-30B-A3B");
+        let experts = qwen.experts.expect("experts");
+        assert_eq!((experts.count, experts.per_token), (128, 8));
+        assert!(experts.normalized && qwen.blocks.iter().all(|block| block.is_mixture));
+        assert_eq!(windows(&published("Qwen2-7B")), (0, None));
+        assert_eq!(windows(&published("Mistral-7B-v0.1")), (32, Some(4096)));
+        let granite = published("granite-3.3-8b-instruct");
+        assert_eq!(
+            (granite.logits.scale, granite.embedding_multiplier),
+            (0.0625, 12.0)
+        );
+        assert!(!published("Llama-3.1-8B").tie_word_embeddings);
+        assert!(published("gemma-2b").tie_word_embeddings);
+    }
+
     #[test]
     fn refusals_name_the_setting() {
         for (changes, words) in [
