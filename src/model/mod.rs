@@ -1,5 +1,8 @@
 //! The differentiable decoder: `config.json` and named tensors in, losses and gradients of the target matrices out.
 //!
+//! One decoder computes every family: a family is a row of a table in `family.rs`, which [`Config`] resolves together with what
+//! `config.json` says. [`MODEL_TYPES`] lists them.
+//!
 //! Explicit backpropagation in the spirit of llm.c: each layer is a forward and a backward written by hand, with no tape
 //! between them. It runs on plain f32 slices and the `gemm` crate, candle's own matrix product, instead of candle's
 //! tensors: candle 0.11 computes a weight gradient for every frozen matrix, gives each intermediate result fresh pages, and
