@@ -11,7 +11,8 @@ use panacea_formats::{
 };
 use panacea_patch::data::{Encoder, Sets, TokenizerFiles};
 use panacea_patch::model::{
-    Activations, Config, Decoder, EncodedRow, Projection, TargetSelection, TargetTensors,
+    Activations, Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix,
+    place_of_module,
 };
 use panacea_patch::optimize::{
     self, RadiusPoint, Random, Rows, Set, Settings, State, StepRecord, gaussian,
@@ -344,8 +345,12 @@ pub(super) fn targets_by_name(
     checkpoint: &Checkpoint,
     selection: &TargetSelection,
 ) -> Result<Vec<(String, Vec<usize>)>, Failure> {
+    // Of a model with several towers, the text decoder's blocks only.
+    let blocks = decoder_prefix(|name| checkpoint.tensor(name).is_some())
+        .map_or(String::new(), |prefix| format!("{prefix}layers."));
     let matrices: Vec<TensorView<'_>> = checkpoint
         .tensors()
+        .filter(|tensor| tensor.name.starts_with(&blocks))
         .filter(|tensor| tensor.shape.len() == 2 && tensor.dtype.is_patchable())
         .collect();
     let mut targets: Vec<_> = matrices
@@ -353,7 +358,9 @@ pub(super) fn targets_by_name(
         .filter(|tensor| selection.selects(module_of(tensor.name)))
         .map(|tensor| (tensor.name.to_owned(), tensor.shape.to_vec()))
         .collect();
-    targets.sort_by(|(a, _), (b, _)| place_of(a).cmp(&place_of(b)));
+    targets.sort_by(|(a, _), (b, _)| {
+        place_of_module(module_of(a)).cmp(&place_of_module(module_of(b)))
+    });
     if !targets.is_empty() {
         return Ok(targets);
     }
@@ -385,16 +392,6 @@ pub(super) fn targets_by_name(
 
 fn module_of(tensor: &str) -> &str {
     tensor.strip_suffix(".weight").unwrap_or(tensor)
-}
-
-/// Block by block, then by projection, then by name.
-fn place_of(tensor: &str) -> (Option<usize>, usize, &str) {
-    let module = module_of(tensor);
-    let block = module.split('.').find_map(|part| part.parse().ok());
-    let projection = Projection::ALL
-        .iter()
-        .position(|projection| module.ends_with(projection.module()));
-    (block, projection.unwrap_or(Projection::ALL.len()), tensor)
 }
 
 /// The block and the projection that a tensor's name speaks of.
@@ -523,14 +520,6 @@ mod tests {
                 of_decoder
             );
         }
-    }
-
-    #[test]
-    fn blocks_are_ordered_by_number() {
-        assert!(
-            place_of("model.layers.2.self_attn.v_proj.weight")
-                < place_of("model.layers.10.self_attn.q_proj.weight")
-        );
     }
 
     #[test]
