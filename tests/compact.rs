@@ -7,6 +7,7 @@
 mod sandbox;
 
 use std::fs;
+use std::path::Path;
 
 use panacea_formats::{
     DeltaTensor, Form, OutputFile, Overwrite, Perturbation, PerturbationRecord, write_perturbation,
@@ -181,6 +182,32 @@ fn a_dry_run_foretells_the_size() {
             "{flags}: {written} of {foretold}"
         );
     }
+}
+
+#[test]
+fn modules_that_peft_calls_otherwise_make_no_adapter() {
+    let sandbox = Sandbox::new();
+    let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/oracle");
+    let mixture = oracle.join("mixtral");
+    let mixture = mixture.to_str().unwrap();
+    let run = |targets: &str| {
+        let words = format!(
+            "optimize {mixture} --method random --rho 1 --targets {targets} --as-lora 2 -o p.safetensors --peft adapter --dry-run"
+        );
+        let words: Vec<&str> = words.split_whitespace().collect();
+        let output = sandbox.program(&words).output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (code, said) = run("w1,q_proj");
+    assert_eq!(code, Some(3), "{said}");
+    assert!(
+        said.contains(".experts.0.w1.weight` is no projection"),
+        "{said}"
+    );
+    assert_eq!(run("q_proj").0, Some(0));
 }
 
 #[test]

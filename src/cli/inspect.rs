@@ -193,15 +193,15 @@ fn config(checkpoint: &Checkpoint, table: &mut Table) -> Value {
                 "config",
                 format!(
                     "{}, {} blocks of width {}, vocabulary of {}",
-                    shown(&config.model_type),
-                    config.num_hidden_layers,
+                    config.model_type,
+                    config.num_hidden_layers(),
                     config.hidden_size,
                     config.vocab_size
                 ),
             );
             json!({
                 "model_type": config.model_type,
-                "num_hidden_layers": config.num_hidden_layers,
+                "num_hidden_layers": config.num_hidden_layers(),
                 "hidden_size": config.hidden_size,
                 "vocab_size": config.vocab_size,
                 "supported": true,
