@@ -23,8 +23,9 @@ use panacea_patch::model::{
 mod common;
 use common::{Stored, oracle, relative_error};
 
-/// Every projection matrix.
-const ALL: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
+/// Every projection matrix of every family.
+const ALL: &str =
+    "q_proj,k_proj,v_proj,qkv_proj,o_proj,gate_proj,up_proj,gate_up_proj,down_proj,w1,w2,w3";
 
 /// Largest relative error allowed, for losses and for each tensor in the Euclidean norm.
 const TOLERANCE: f64 = 1e-4;
@@ -36,7 +37,7 @@ fn cases() -> Vec<PathBuf> {
         .filter(|path| path.join("expected.safetensors").exists())
         .collect();
     cases.sort();
-    assert!(cases.len() >= 6, "found only {cases:?}");
+    assert!(cases.len() >= 21, "found only {cases:?}");
     cases
 }
 
@@ -110,6 +111,17 @@ fn logits_losses_and_gradients_agree_with_pytorch() {
             }
 
             gradient.scale(1.0 / loss.count as f32);
+            let gradients = expected
+                .views()
+                .map(|view| view.name)
+                .filter(|name| name.starts_with("grad."));
+            let judged = gradients.filter(|name| name.contains("_proj.") || name.contains(".w"));
+            assert_eq!(
+                judged.count(),
+                decoder.targets().len(),
+                "{}",
+                case.display()
+            );
             let mut worst = (0.0, String::new());
             for (target, found) in decoder.targets().iter().zip(gradient.iter()) {
                 let error =
@@ -138,18 +150,27 @@ fn logits_losses_and_gradients_agree_with_pytorch() {
 /// With fewer targets the backward stops earlier, and what it still computes must not change.
 #[test]
 fn fewer_targets_give_the_same_gradients_for_those_that_remain() {
-    let case = oracle("llama-biases");
-    let stored = Stored::open(&case.join("model.safetensors"));
-    let expected = Stored::open(&case.join("expected.safetensors"));
-    let rows = common::rows(&case.join("rows.json"));
-    for selection in [
-        "q_proj",
-        "o_proj",
-        "up_proj",
-        "down_proj",
-        "1.mlp.gate_proj",
-        r"model\.layers\.1\..*(k|down)_proj",
+    for (case, selection) in [
+        ("llama-biases", "q_proj"),
+        ("llama-biases", "o_proj"),
+        ("llama-biases", "up_proj"),
+        ("llama-biases", "down_proj"),
+        ("llama-biases", "1.mlp.gate_proj"),
+        ("llama-biases", r"model\.layers\.1\..*(k|down)_proj"),
+        ("gemma2", "down_proj"),
+        ("gemma2", "1.self_attn.o_proj"),
+        ("granite", "gate_proj"),
+        ("mixtral", r".*\.1\..*\.experts\.[02]\.w2"),
+        ("mixtral", "w3"),
+        ("olmo2", "1.self_attn.v_proj"),
+        ("phi3-window", "qkv_proj"),
+        ("phi3-window", "1.mlp.gate_up_proj"),
+        ("qwen3-moe", "v_proj"),
     ] {
+        let case = oracle(case);
+        let stored = Stored::open(&case.join("model.safetensors"));
+        let expected = Stored::open(&case.join("expected.safetensors"));
+        let rows = common::rows(&case.join("rows.json"));
         let selection: TargetSelection = selection.parse().expect("a selection");
         let mut decoder = Decoder::new(config(&case, "config.json"), stored.views(), &selection)
             .expect("a decoder");

@@ -38,6 +38,7 @@
 mod adapter;
 mod base;
 mod delta;
+mod numbers;
 mod record;
 mod stored;
 mod writer;

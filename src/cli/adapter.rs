@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use panacea_formats::{
     ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterWriteError, Checkpoint, Committed,
-    DeltaTensor, Layout, OutputDir, Overwrite, WrittenFile, write_adapter,
+    DeltaTensor, Layout, OutputDir, OutputError, Overwrite, WrittenFile, write_adapter,
 };
 
 use super::error::{Exit, Failure};
@@ -30,7 +30,7 @@ impl AdapterOutput {
         perturbation: &Path,
         size: u64,
     ) -> Result<Self, Failure> {
-        OutputDir::check(path, overwrite, inputs, size)?;
+        OutputDir::check(path, overwrite, inputs, size).map_err(of_directory)?;
         if resolved(perturbation).starts_with(resolved(path)) {
             return Err(Failure::usage(format!(
                 "`--output {}` and `--peft {}` overlap",
@@ -68,18 +68,19 @@ impl AdapterOutput {
         deltas: &[DeltaTensor<'_>],
     ) -> Result<(Vec<WrittenFile>, Committed), Failure> {
         let inputs: Vec<&Path> = self.inputs.iter().map(PathBuf::as_path).collect();
-        let mut output = OutputDir::create(&self.path, self.overwrite, &inputs)?;
+        let mut output =
+            OutputDir::create(&self.path, self.overwrite, &inputs).map_err(of_directory)?;
         let base = base_of(checkpoint).display().to_string();
         let tensors = checkpoint.tensors().map(|tensor| tensor.name);
         let files = write_adapter(&mut output, &base, tensors, deltas)?;
-        Ok((files, output.commit()?))
+        Ok((files, output.commit().map_err(of_directory)?))
     }
 }
 
 impl From<AdapterWriteError> for Failure {
     fn from(error: AdapterWriteError) -> Self {
         match error {
-            AdapterWriteError::Output(error) => error.into(),
+            AdapterWriteError::Output(error) => of_directory(error),
             error => Self::doing(
                 Exit::Refused,
                 "the perturbation cannot be written as an adapter",
@@ -87,6 +88,15 @@ impl From<AdapterWriteError> for Failure {
             )
             .hint("leave out --peft"),
         }
+    }
+}
+
+/// A failure of the adapter's directory, whose hint names the flag that chose it.
+fn of_directory(error: OutputError) -> Failure {
+    let failure = Failure::from(error);
+    Failure {
+        hint: failure.hint.map(|hint| hint.replace("--output", "--peft")),
+        ..failure
     }
 }
 

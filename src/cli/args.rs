@@ -340,7 +340,8 @@ pub(crate) struct MethodArgs {
 
     /// The matrices to perturb: names of modules separated by commas, or a regular expression for whole module paths.
     ///
-    /// Default: q_proj,k_proj,v_proj, the paper's; of a LoRA adapter, every module that it adapts.
+    /// Default: q_proj,k_proj,v_proj, the paper's, and qkv_proj, which some models have in their place; of a LoRA adapter, every
+    /// module that it adapts.
     #[arg(long, value_name = "NAMES|REGEX", value_parser = explained::<TargetSelection>)]
     pub(crate) targets: Option<TargetSelection>,
 

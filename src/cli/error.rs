@@ -17,7 +17,7 @@ use panacea_patch::data::{DataError, DataErrorKind, EncodeError, RowProblem};
 use panacea_patch::manifest::{
     FileNameError, KeyError, SignError, StatementError, TreeError, VerifyError,
 };
-use panacea_patch::model::{ConfigError, MODEL_TYPES, WeightsError};
+use panacea_patch::model::{ConfigError, WeightsError};
 use panacea_patch::optimize::{OptimizeError, Set};
 use panacea_patch::resume::ResumeError;
 use serde_json::Value;
@@ -397,10 +397,13 @@ impl Failure {
     /// A `config.json` that is refused.
     pub(crate) fn of_config(path: &Path, error: &ConfigError) -> Self {
         let hint = match error {
-            ConfigError::ModelType { .. } => Some(format!(
-                "gradients are computed for {} only; a perturbation from a file, or noise with --method random --rho, \
-                 can be added to any checkpoint",
-                MODEL_TYPES.join(" and ")
+            ConfigError::ModelType { .. } => Some(
+                "gradients are computed for these only; a perturbation from a file, or noise with --method random --rho, \
+                 can be added to any checkpoint"
+            .to_owned(),
+            ),
+            ConfigError::Unknown { setting, .. } => Some(format!(
+                "if `{setting}` changes nothing that the model computes, leave it out of a copy of the file"
             )),
             ConfigError::Json(_) => {
                 Some("the file is damaged; fetch the checkpoint's again".to_owned())

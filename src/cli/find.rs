@@ -12,7 +12,8 @@ use panacea_formats::{
 use panacea_patch::data::{Encoder, Sets, TokenizerFiles};
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{
-    Activations, Config, Decoder, EncodedRow, Projection, TargetSelection, TargetTensors,
+    Activations, Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix,
+    place_of_module,
 };
 use panacea_patch::optimize::{
     self, RadiusPoint, Random, Rows, Set, Settings, State, StepRecord, gaussian,
@@ -143,25 +144,39 @@ impl Prepared<'_> {
         self.targets.len()
     }
 
-    /// Whether all targets are projections of a decoder that is known, whose weights are outputs x inputs.
+    /// Whether PEFT finds all targets under their names: projections of a decoder that is known, whose weights are outputs x
+    /// inputs, in modules that transformers calls as checkpoints do. It calls experts and the models inside larger ones otherwise.
     ///
     /// # Errors
     /// When the config is not known, or a target is something else.
-    pub(super) fn require_projections(&self) -> Result<(), Failure> {
-        if self.computing.is_some() {
-            return Ok(());
-        }
-        let config = read_config(&required_side_file(&self.model.checkpoint, "config.json")?)?;
-        let selection = self.search.selection();
-        let decoder = self.model.decoder(config, selection.as_ref())?;
-        let known = |name: &str| decoder.targets().iter().any(|target| target.name == name);
-        match self.targets.iter().find(|(name, _)| !known(name)) {
+    pub(super) fn require_modules(&self) -> Result<(), Failure> {
+        let known: Vec<String> = match &self.computing {
+            Some(_) => self.targets.iter().map(|(name, _)| name.clone()).collect(),
+            None => {
+                let path = required_side_file(&self.model.checkpoint, "config.json")?;
+                let selection = self.search.selection();
+                let decoder = self
+                    .model
+                    .decoder(read_config(&path)?, selection.as_ref())?;
+                let targets = decoder.targets().iter();
+                targets.map(|target| target.name.clone()).collect()
+            }
+        };
+        let found = |name: &str| {
+            name.starts_with("model.layers.")
+                && name.split('.').all(|part| part != "experts")
+                && known.iter().any(|it| it == name)
+        };
+        match self.targets.iter().find(|(name, _)| !found(name)) {
             None => Ok(()),
             Some((name, _)) => Err(Failure::new(
                 Exit::Refused,
                 "the perturbation cannot be written as an adapter",
             )
-            .because(format!("`{}` is no projection of a block", shown(name)))
+            .because(format!(
+                "`{}` is no projection under `model.layers`, where PEFT would find it",
+                shown(name)
+            ))
             .hint("leave out --peft, or name projections with --targets")),
         }
     }
@@ -376,7 +391,7 @@ pub(super) fn targets_of_adapter(
         .iter()
         .filter(|module| selection.is_none_or(|it| it.selects(module.path)))
         .collect();
-    modules.sort_by(|a, b| place_of(a.path).cmp(&place_of(b.path)));
+    modules.sort_by(|a, b| place_of_module(a.path).cmp(&place_of_module(b.path)));
     if !modules.is_empty() {
         let stored = |tensor: &TensorView<'_>| (tensor.name.to_owned(), tensor.shape.to_vec());
         return Ok(modules
@@ -398,8 +413,12 @@ pub(super) fn targets_by_name(
     checkpoint: &Checkpoint,
     selection: &TargetSelection,
 ) -> Result<Vec<(String, Vec<usize>)>, Failure> {
+    // Of a model with several towers, the text decoder's blocks only.
+    let blocks = decoder_prefix(|name| checkpoint.tensor(name).is_some())
+        .map_or(String::new(), |prefix| format!("{prefix}layers."));
     let matrices: Vec<TensorView<'_>> = checkpoint
         .tensors()
+        .filter(|tensor| tensor.name.starts_with(&blocks))
         .filter(|tensor| tensor.shape.len() == 2 && tensor.dtype.is_patchable())
         .collect();
     let mut targets: Vec<_> = matrices
@@ -407,7 +426,9 @@ pub(super) fn targets_by_name(
         .filter(|tensor| selection.selects(module_of(tensor.name)))
         .map(|tensor| (tensor.name.to_owned(), tensor.shape.to_vec()))
         .collect();
-    targets.sort_by(|(a, _), (b, _)| place_of(a).cmp(&place_of(b)));
+    targets.sort_by(|(a, _), (b, _)| {
+        place_of_module(module_of(a)).cmp(&place_of_module(module_of(b)))
+    });
     if !targets.is_empty() {
         return Ok(targets);
     }
@@ -449,16 +470,6 @@ fn no_target(wanted: &str, names: Vec<&str>, what: &str) -> Failure {
 
 fn module_of(tensor: &str) -> &str {
     tensor.strip_suffix(".weight").unwrap_or(tensor)
-}
-
-/// Block by block, then by projection, then by name.
-fn place_of(tensor: &str) -> (Option<usize>, usize, &str) {
-    let module = module_of(tensor);
-    let block = module.split('.').find_map(|part| part.parse().ok());
-    let projection = Projection::ALL
-        .iter()
-        .position(|projection| module.ends_with(projection.module()));
-    (block, projection.unwrap_or(Projection::ALL.len()), tensor)
 }
 
 /// The block and the projection that a tensor's name speaks of.
@@ -534,32 +545,36 @@ fn not_patchable(problems: &Problems<BaseProblem>) -> Failure {
 mod tests {
     use super::*;
 
+    /// Of several towers, those of the text decoder only: `gemma3-multimodal` has projections of the same names in its vision tower.
     #[test]
-    fn targets_have_one_order_with_and_without_a_model() {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/oracle/llama3-rope");
-        let checkpoint = Checkpoint::open(&directory).unwrap();
-        let config = read_config(&directory.join("config.json")).unwrap();
-        for selection in ["q_proj,k_proj,v_proj", "down_proj,o_proj,gate_proj,q_proj"] {
-            let selection: TargetSelection = selection.parse().unwrap();
-            let decoder = Decoder::new(config.clone(), checkpoint.tensors(), &selection).unwrap();
-            let of_decoder: Vec<_> = decoder
-                .targets()
-                .iter()
-                .map(|target| (target.name.clone(), target.shape.to_vec()))
-                .collect();
-            assert_eq!(
-                targets_by_name(&checkpoint, &selection).unwrap(),
-                of_decoder
-            );
+    fn targets_are_the_same_with_and_without_a_model() {
+        let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/oracle");
+        for case in [
+            "gemma3-multimodal",
+            "llama3-rope",
+            "mixtral",
+            "phi3-window",
+            "qwen3-moe",
+        ] {
+            let directory = oracle.join(case);
+            let checkpoint = Checkpoint::open(&directory).unwrap();
+            let config = read_config(&directory.join("config.json")).unwrap();
+            for selection in [
+                "q_proj,k_proj,v_proj,qkv_proj",
+                "down_proj,w2,o_proj,w1,gate_proj,gate_up_proj,q_proj,w3",
+            ] {
+                let selection: TargetSelection = selection.parse().unwrap();
+                let decoder =
+                    Decoder::new(config.clone(), checkpoint.tensors(), &selection).unwrap();
+                let of_decoder: Vec<_> = decoder
+                    .targets()
+                    .iter()
+                    .map(|target| (target.name.clone(), target.shape.to_vec()))
+                    .collect();
+                let by_name = targets_by_name(&checkpoint, &selection).unwrap();
+                assert_eq!(by_name, of_decoder, "{case}, {selection}");
+            }
         }
-    }
-
-    #[test]
-    fn blocks_are_ordered_by_number() {
-        assert!(
-            place_of("model.layers.2.self_attn.v_proj.weight")
-                < place_of("model.layers.10.self_attn.q_proj.weight")
-        );
     }
 
     #[test]

@@ -153,7 +153,7 @@ impl Made {
         let stored: u64 = deltas.iter().map(DeltaTensor::stored_bytes).sum();
         let dense = FormChoice::Dense.bytes(&found.targets);
         let what = match self.choice {
-            FormChoice::LowRank(rank) => format!("low rank, {rank}"),
+            FormChoice::LowRank(rank) => format!("rank {rank}"),
             _ => {
                 let entries = deltas.iter().map(|delta| match delta.form() {
                     Form::Sparse { entries } => entries,
@@ -188,7 +188,7 @@ impl Made {
     fn name(&self) -> &'static str {
         match self.choice {
             FormChoice::Dense => "dense",
-            FormChoice::LowRank(_) => "low rank",
+            FormChoice::LowRank(_) => "low-rank",
             FormChoice::Sparse(_) => "sparse",
         }
     }

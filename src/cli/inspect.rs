@@ -220,15 +220,15 @@ fn config(checkpoint: &Checkpoint, table: &mut Table) -> Value {
                 "config",
                 format!(
                     "{}, {} blocks of width {}, vocabulary of {}",
-                    shown(&config.model_type),
-                    config.num_hidden_layers,
+                    config.model_type,
+                    config.num_hidden_layers(),
                     config.hidden_size,
                     config.vocab_size
                 ),
             );
             json!({
                 "model_type": config.model_type,
-                "num_hidden_layers": config.num_hidden_layers,
+                "num_hidden_layers": config.num_hidden_layers(),
                 "hidden_size": config.hidden_size,
                 "vocab_size": config.vocab_size,
                 "supported": true,
@@ -372,8 +372,8 @@ impl Forms {
         let mut forms = Self::default();
         for delta in perturbation.deltas() {
             let (key, entries) = match delta.form() {
-                Form::LowRank { rank } => (("low rank", rank), 0),
-                Form::Sparse { entries } => (("sparse", 0), entries),
+                Form::LowRank { rank } => ((LOW_RANK, rank), 0),
+                Form::Sparse { entries } => ((SPARSE, 0), entries),
                 _ => (("dense", 0), 0),
             };
             let group = forms.groups.entry(key).or_default();
@@ -387,8 +387,8 @@ impl Forms {
     fn describe(&self, table: &mut Table) {
         for (&(form, rank), group) in &self.groups {
             let what = match form {
-                "low rank" => format!("low rank, {rank}"),
-                "sparse" => format!("sparse, {} elements", group.entries),
+                LOW_RANK => format!("rank {rank}"),
+                SPARSE => format!("sparse, {} elements", group.entries),
                 other => other.to_owned(),
             };
             let FormGroup {
@@ -413,8 +413,8 @@ impl Forms {
                     "stored_bytes": group.stored_bytes,
                 });
                 match form {
-                    "low rank" => value["rank"] = json!(rank),
-                    "sparse" => value["entries"] = json!(group.entries),
+                    LOW_RANK => value["rank"] = json!(rank),
+                    SPARSE => value["entries"] = json!(group.entries),
                     _ => {}
                 }
                 value
@@ -422,6 +422,10 @@ impl Forms {
             .collect()
     }
 }
+
+/// Names of forms, as reports have them.
+const LOW_RANK: &str = "low-rank";
+const SPARSE: &str = "sparse";
 
 /// The energy of each block, over its projections.
 struct Shares {

@@ -57,7 +57,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
     OutputFile::check(&target, overwrite, &inputs, size)?;
     let adapter = match &args.form.peft {
         Some(path) => {
-            prepared.require_projections()?;
+            prepared.require_modules()?;
             Some(AdapterOutput::plan(
                 path, overwrite, &inputs, &target, size,
             )?)

@@ -526,7 +526,10 @@ mod tests {
         let targets = |flags: &str, space| {
             resolve(flags).unwrap().in_space(space).parameters()["targets"].clone()
         };
-        assert_eq!(targets("", Space::Weights), "q_proj,k_proj,v_proj");
+        assert_eq!(
+            targets("", Space::Weights),
+            TargetSelection::default().to_string()
+        );
         assert_eq!(targets("", Space::Adapter), "all");
         assert_eq!(targets("--targets q_proj", Space::Adapter), "q_proj");
     }

@@ -1,42 +1,62 @@
 //! One decoder block: forward, and the backward derived from it by hand.
 //!
 //! ```text
-//! x2  = x  + o_proj(attention(rope(qkv_proj(norm(x)))))
-//! out = x2 + down_proj(swiglu(gate_up_proj(norm(x2))))
+//! x2  = x  + out_norm(o_proj(attention(rope(head_norm(qkv_proj(in_norm(x)))))))
+//! out = x2 + out_norm(feed_forward(in_norm(x2)))        feed_forward: down_proj(glu(gate_up_proj(y))), or experts
 //! ```
 //!
-//! All activations are tokens x width, row-major, f32. The forward keeps what the backward reads and nothing else; the
-//! normalized inputs and the SwiGLU output are made again, since that costs no matrix product.
+//! Each norm is there or not, by family. All activations are tokens x width, row-major, f32. The forward keeps what the backward reads
+//! and nothing else; normalized inputs and the gated products are made again, since that costs no matrix product.
 
-use super::config::Config;
+use super::config::{BlockConfig, Config};
 use super::kernels::attention::{self, Kept, Pattern};
+use super::kernels::norm::Groups;
 use super::kernels::rope::{self, Rotations};
-use super::kernels::{norm, swiglu};
-use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
-use super::targets::Projection;
+use super::kernels::{add, glu, norm};
+use super::linear::Gradients;
+use super::mixture::{Mixture, Routing};
 use super::tensors::TargetTensors;
-use super::weights::{Block, BlockMatrices};
+use super::weights::{Block, BlockMatrices, FeedForward, GatedLinear};
 
 /// What the backward of a block reads, besides its input.
 #[derive(Debug, Default)]
 pub(crate) struct Saved {
-    input_scales: Vec<f32>,
+    attention_in_scales: Vec<f32>,
+    /// Queries and keys before their norms; empty without.
+    before_head_norm: Vec<f32>,
+    head_scales: Vec<f32>,
     heads: Vec<f32>,
     attended: Vec<f32>,
     lse: Vec<f32>,
+    attention_out: Branch,
     x2: Vec<f32>,
-    x2_scales: Vec<f32>,
+    feed_forward_in_scales: Vec<f32>,
     gate_up: Vec<f32>,
+    routing: Routing,
+    feed_forward_out: Branch,
+}
+
+/// What goes into a norm before the residual stream, with the scale of each row; empty where there is no norm.
+#[derive(Debug, Default)]
+struct Branch {
+    rows: Vec<f32>,
+    scales: Vec<f32>,
 }
 
 impl Saved {
-    /// Floats kept for each token.
-    pub(crate) fn floats_per_token(config: &Config) -> usize {
+    /// Floats kept for each token of a block.
+    pub(crate) fn floats_per_token(config: &Config, place: &BlockConfig) -> usize {
         let heads = config.heads();
+        let normed = heads.row() - heads.key_value * heads.dim;
+        let (head_norm, branches) = (config.head_norm.is_some(), config.has_out_norms());
+        let experts = config.experts.filter(|_| place.is_mixture);
         2 + heads.row()
+            + usize::from(head_norm) * (normed + heads.query + heads.key_value)
             + heads.query * (heads.dim + 1)
             + config.hidden_size
-            + 2 * config.intermediate_size
+            + usize::from(branches) * 2 * (config.hidden_size + 1)
+            + experts.map_or(1, |it| it.per_token) * 2 * place.width
+            + experts.map_or(0, |it| it.count + 4 * it.per_token)
     }
 }
 
@@ -44,28 +64,19 @@ impl Saved {
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     narrow: Vec<f32>,
+    branch: Vec<f32>,
     qkv: Vec<f32>,
     d_heads: Vec<f32>,
     attended: Vec<f32>,
     wide: Vec<f32>,
+    mixture: Mixture,
 }
 
 /// Which tokens are computed, and how they see each other.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tokens<'a> {
     pub(crate) pattern: Pattern<'a>,
-    /// Each token's place in its own sequence.
-    pub(crate) positions: &'a [usize],
     pub(crate) rotations: &'a Rotations,
-}
-
-/// What a backward changes.
-#[derive(Debug)]
-pub(crate) struct Gradients<'a> {
-    /// Tokens x hidden: with respect to the block's output on entry, to its input on return.
-    pub(crate) d: &'a mut [f32],
-    /// With respect to the targets.
-    pub(crate) targets: &'a mut TargetTensors,
 }
 
 /// How far down a block's backward has to go.
@@ -78,296 +89,397 @@ pub(crate) enum Below {
 }
 
 /// A block with its f32 matrices at hand.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct Layer<'a> {
     pub(crate) config: &'a Config,
     pub(crate) block: &'a Block<'a>,
-    pub(crate) matrices: &'a BlockMatrices,
+    pub(crate) tokens: Tokens<'a>,
+    /// The targets' values.
+    pub(crate) values: &'a TargetTensors,
+    /// As [`BlockMatrices::load`] left them for this block.
+    pub(crate) matrices: &'a mut BlockMatrices,
 }
 
 impl Layer<'_> {
     /// Computes `out` from `x`, both tokens x hidden.
     pub(crate) fn forward(
-        self,
+        &mut self,
         x: &[f32],
-        tokens: Tokens<'_>,
         saved: &mut Saved,
         scratch: &mut Scratch,
         out: &mut Vec<f32>,
     ) {
-        let Self {
-            config,
-            block,
-            matrices,
-        } = self;
-        let (n, hidden, inner) = (
-            tokens.positions.len(),
-            config.hidden_size,
-            config.intermediate_size,
-        );
-        let heads = config.heads();
-        let Scratch {
-            narrow, qkv, wide, ..
-        } = scratch;
+        self.attention_forward(x, saved, scratch);
+        self.feed_forward_forward(saved, scratch, out);
+    }
 
-        narrow.resize(n * hidden, 0.0);
-        saved.input_scales.resize(n, 0.0);
-        norm::forward(
-            x,
-            &block.input_norm,
-            config.rms_norm_eps,
+    /// Turns `d`, the gradient with respect to the output, into the one with respect to the input `x`, and adds to
+    /// `targets` that of this block's. `saved` is used up. Where `below` is [`Below::Nothing`], `d` is left unfinished.
+    pub(crate) fn backward(
+        &mut self,
+        x: &[f32],
+        saved: &mut Saved,
+        below: Below,
+        scratch: &mut Scratch,
+        d: &mut [f32],
+        targets: &mut TargetTensors,
+    ) {
+        let mut gradients = Gradients {
+            values: self.values,
+            targets,
+        };
+        let block = self.block;
+        let attention = block.qkv.has_targets() || block.output.has_targets();
+        let further = attention || below == Below::Targets;
+        if further || block.feed_forward.has_targets() {
+            self.feed_forward_backward(saved, further, scratch, d, &mut gradients);
+        }
+        if further {
+            self.attention_backward(x, saved, below, scratch, d, &mut gradients);
+        }
+    }
+
+    /// Computes `saved.x2`.
+    fn attention_forward(&mut self, x: &[f32], saved: &mut Saved, scratch: &mut Scratch) {
+        let (config, block, tokens) = (self.config, self.block, self.tokens);
+        let matrices = &*self.matrices;
+        let (heads, epsilon) = (config.heads(), config.rms_norm_eps);
+        let n = tokens.pattern.tokens();
+        let Scratch {
             narrow,
-            &mut saved.input_scales,
-        );
-        project(narrow, &matrices.qkv, &block.qkv_bias, hidden, qkv);
-        saved.heads.resize(qkv.len(), 0.0);
-        rope::forward(
+            branch,
             qkv,
-            tokens.positions,
-            heads,
-            tokens.rotations,
-            &mut saved.heads,
-        );
+            ..
+        } = scratch;
+        let entering = match &block.attention_in {
+            None => x,
+            Some(weight) => {
+                narrow.resize(x.len(), 0.0);
+                saved.attention_in_scales.resize(n, 0.0);
+                norm::forward(x, weight, epsilon, narrow, &mut saved.attention_in_scales);
+                narrow
+            }
+        };
+        block.qkv.forward(entering, &matrices.qkv, qkv);
+        if let Some(weights) = &block.head_norm {
+            let groups = head_groups(config, weights);
+            let count: usize = groups.iter().map(|it| it.width / it.weight.len()).sum();
+            let width: usize = groups.iter().map(|it| it.width).sum();
+            saved.before_head_norm.resize(n * width, 0.0);
+            saved.head_scales.resize(n * count, 0.0);
+            norm::heads_forward(
+                qkv,
+                heads.row(),
+                groups,
+                epsilon,
+                &mut saved.before_head_norm,
+                &mut saved.head_scales,
+            );
+        }
+        saved.heads.resize(qkv.len(), 0.0);
+        rope::forward(qkv, heads, tokens.rotations, &mut saved.heads);
         saved.attended.resize(n * heads.query * heads.dim, 0.0);
         saved.lse.resize(n * heads.query, 0.0);
         attention::forward(
             &saved.heads,
             tokens.pattern,
             heads,
+            config.scores,
             &mut saved.attended,
             &mut saved.lse,
         );
-        project_onto(
-            x,
-            &saved.attended,
-            &matrices.output,
-            &block.output_bias,
-            hidden,
-            &mut saved.x2,
-        );
-
-        saved.x2_scales.resize(n, 0.0);
-        norm::forward(
-            &saved.x2,
-            &block.post_attention_norm,
-            config.rms_norm_eps,
-            narrow,
-            &mut saved.x2_scales,
-        );
-        project(
-            narrow,
-            &matrices.gate_up,
-            &block.gate_up_bias,
-            hidden,
-            &mut saved.gate_up,
-        );
-        wide.resize(n * inner, 0.0);
-        swiglu::forward(&saved.gate_up, wide, inner);
-        project_onto(
-            &saved.x2,
-            wide,
-            &matrices.down,
-            &block.down_bias,
-            hidden,
-            out,
-        );
+        match &block.attention_out {
+            None => block.output.forward_onto(
+                x,
+                &saved.attended,
+                &matrices.output,
+                config.residual_multiplier,
+                &mut saved.x2,
+            ),
+            Some(weight) => {
+                let Branch { rows, scales } = &mut saved.attention_out;
+                block
+                    .output
+                    .forward(&saved.attended, &matrices.output, rows);
+                branch.resize(rows.len(), 0.0);
+                scales.resize(n, 0.0);
+                norm::forward(rows, weight, epsilon, branch, scales);
+                add(x, branch, &mut saved.x2);
+            }
+        }
     }
 
-    /// Turns `d`, the gradient with respect to the output, into the one with respect to the input `x`, and adds to
-    /// `targets` that of this block's. `saved` is used up. Where `below` is [`Below::Nothing`], `d` is left unfinished.
-    pub(crate) fn backward(
-        self,
-        x: &[f32],
-        tokens: Tokens<'_>,
+    /// Computes `out` from `saved.x2`.
+    fn feed_forward_forward(
+        &mut self,
         saved: &mut Saved,
-        below: Below,
         scratch: &mut Scratch,
-        gradients: Gradients<'_>,
+        out: &mut Vec<f32>,
     ) {
-        let Gradients { d, targets } = gradients;
-        use Projection::{Down, Gate, Key, Output, Query, Up, Value};
-        let Self {
-            config,
-            block,
-            matrices,
-        } = self;
-        let (n, hidden, inner) = (
-            tokens.positions.len(),
-            config.hidden_size,
-            config.intermediate_size,
-        );
-        let heads = config.heads();
-        let (query_width, key_width) = (heads.query * heads.dim, heads.key_value * heads.dim);
-        let wanted =
-            |projections: &[Projection]| projections.iter().any(|&p| block.target(p).is_some());
-        let go_on = |projections: &[Projection]| below == Below::Targets || wanted(projections);
+        let (config, block) = (self.config, self.block);
+        let (n, epsilon) = (self.tokens.pattern.tokens(), config.rms_norm_eps);
         let Scratch {
             narrow,
-            qkv,
-            d_heads,
-            attended,
+            branch,
             wide,
+            mixture,
+            ..
         } = scratch;
-        let mut add =
-            |projection: Projection, d: Matrix<'_>, input: Matrix<'_>, shape: [usize; 2]| {
-                if let Some(target) = block.target(projection) {
-                    let out = MatrixMut::new(targets.tensor_mut(target), shape[0], shape[1]);
-                    matmul(
+        let entering = match &block.feed_forward_in {
+            None => &saved.x2,
+            Some(weight) => {
+                narrow.resize(saved.x2.len(), 0.0);
+                saved.feed_forward_in_scales.resize(n, 0.0);
+                let scales = &mut saved.feed_forward_in_scales;
+                norm::forward(&saved.x2, weight, epsilon, narrow, scales);
+                narrow
+            }
+        };
+        match &block.feed_forward {
+            FeedForward::Dense(GatedLinear { gate_up, down }) => {
+                gate_up.forward(entering, &self.matrices.gate_up, &mut saved.gate_up);
+                wide.resize(n * down.inputs, 0.0);
+                glu::forward(config.activation, &saved.gate_up, wide, down.inputs);
+                match &block.feed_forward_out {
+                    None => down.forward_onto(
+                        &saved.x2,
+                        wide,
+                        &self.matrices.down,
+                        config.residual_multiplier,
                         out,
-                        super::matmul::Output::Add,
-                        1.0,
-                        d.t(),
-                        input,
-                        Threads::All,
-                    );
+                    ),
+                    Some(_) => {
+                        let rows = &mut saved.feed_forward_out.rows;
+                        down.forward(wide, &self.matrices.down, rows);
+                    }
                 }
-            };
-
-        wide.resize(n * inner, 0.0);
-        if wanted(&[Down]) {
-            swiglu::forward(&saved.gate_up, wide, inner);
-            add(
-                Down,
-                Matrix::new(d, n, hidden),
-                Matrix::new(wide, n, inner),
-                [hidden, inner],
-            );
-        }
-        if !go_on(&[Query, Key, Value, Output, Gate, Up]) {
-            return;
-        }
-        project_back(d, &matrices.down, inner, hidden, wide);
-        swiglu::backward(wide, &mut saved.gate_up, inner);
-        narrow.resize(n * hidden, 0.0);
-        if wanted(&[Gate, Up]) {
-            norm::again(
-                &saved.x2,
-                &block.post_attention_norm,
-                &saved.x2_scales,
-                narrow,
-            );
-            for (projection, first) in [(Gate, 0), (Up, inner)] {
-                let d = Matrix::strided(&saved.gate_up[first..], n, inner, 2 * inner);
-                add(
-                    projection,
-                    d,
-                    Matrix::new(narrow, n, hidden),
-                    [inner, hidden],
+            }
+            FeedForward::Mixture { experts, .. } => {
+                // No family has experts and a norm behind them.
+                out.clear();
+                out.extend_from_slice(&saved.x2);
+                mixture.forward(
+                    config,
+                    experts,
+                    self.values,
+                    self.matrices,
+                    entering,
+                    &mut saved.routing,
+                    &mut saved.gate_up,
+                    out,
                 );
             }
         }
-        if !go_on(&[Query, Key, Value, Output]) {
-            return;
+        if let Some(weight) = &block.feed_forward_out {
+            let Branch { rows, scales } = &mut saved.feed_forward_out;
+            branch.resize(rows.len(), 0.0);
+            scales.resize(n, 0.0);
+            norm::forward(rows, weight, epsilon, branch, scales);
+            add(&saved.x2, branch, out);
         }
-        project_back(&saved.gate_up, &matrices.gate_up, hidden, 2 * inner, narrow);
-        norm::backward(
-            narrow,
-            &saved.x2,
-            &block.post_attention_norm,
-            &saved.x2_scales,
-            d,
-        );
+    }
 
-        add(
-            Output,
-            Matrix::new(d, n, hidden),
-            Matrix::new(&saved.attended, n, query_width),
-            [hidden, query_width],
+    /// Turns `d` into the gradient with respect to `saved.x2`, if that is `further` needed.
+    fn feed_forward_backward(
+        &mut self,
+        saved: &mut Saved,
+        further: bool,
+        scratch: &mut Scratch,
+        d: &mut [f32],
+        gradients: &mut Gradients<'_>,
+    ) {
+        let (config, block) = (self.config, self.block);
+        let Scratch {
+            narrow,
+            branch,
+            wide,
+            mixture,
+            ..
+        } = scratch;
+        let scale = into_branch(
+            &block.feed_forward_out,
+            &saved.feed_forward_out,
+            config,
+            d,
+            branch,
         );
-        if !go_on(&[Query, Key, Value]) {
+        // What entered the layer, where anybody reads it.
+        let entering = |narrow: &mut Vec<f32>| match &block.feed_forward_in {
+            None => narrow.clone_from(&saved.x2),
+            Some(weight) => {
+                narrow.resize(saved.x2.len(), 0.0);
+                let scales = &saved.feed_forward_in_scales;
+                norm::again(&saved.x2, weight, scales, narrow);
+            }
+        };
+        match &block.feed_forward {
+            FeedForward::Dense(GatedLinear { gate_up, down }) => {
+                let width = down.inputs;
+                if down.has_targets() {
+                    wide.resize(saved.gate_up.len() / 2, 0.0);
+                    glu::forward(config.activation, &saved.gate_up, wide, width);
+                    down.add_gradients(branch, wide, scale, gradients);
+                }
+                if !further && !gate_up.has_targets() {
+                    return;
+                }
+                down.backward(branch, &self.matrices.down, scale, wide);
+                glu::backward(config.activation, wide, &mut saved.gate_up, width);
+                if gate_up.has_targets() {
+                    entering(narrow);
+                    gate_up.add_gradients(&saved.gate_up, narrow, 1.0, gradients);
+                }
+                if !further {
+                    return;
+                }
+                gate_up.backward(&saved.gate_up, &self.matrices.gate_up, 1.0, narrow);
+            }
+            FeedForward::Mixture { experts, .. } => {
+                entering(narrow);
+                mixture.backward(
+                    config,
+                    experts,
+                    self.matrices,
+                    branch,
+                    &saved.routing,
+                    &mut saved.gate_up,
+                    narrow,
+                    gradients,
+                );
+            }
+        }
+        match &block.feed_forward_in {
+            None => add_to(d, narrow),
+            Some(weight) => {
+                norm::backward(narrow, &saved.x2, weight, &saved.feed_forward_in_scales, d);
+            }
+        }
+    }
+
+    /// Turns `d`, the gradient with respect to `saved.x2`, into that with respect to `x`, if targets below need it.
+    fn attention_backward(
+        &mut self,
+        x: &[f32],
+        saved: &mut Saved,
+        below: Below,
+        scratch: &mut Scratch,
+        d: &mut [f32],
+        gradients: &mut Gradients<'_>,
+    ) {
+        let (config, block, tokens) = (self.config, self.block, self.tokens);
+        let matrices = &*self.matrices;
+        let heads = config.heads();
+        let Scratch {
+            narrow,
+            branch,
+            qkv,
+            d_heads,
+            attended,
+            ..
+        } = scratch;
+        let scale = into_branch(
+            &block.attention_out,
+            &saved.attention_out,
+            config,
+            d,
+            branch,
+        );
+        if block.output.has_targets() {
+            block
+                .output
+                .add_gradients(branch, &saved.attended, scale, gradients);
+        }
+        if below == Below::Nothing && !block.qkv.has_targets() {
             return;
         }
-        attended.resize(n * query_width, 0.0);
-        project_back(d, &matrices.output, query_width, hidden, attended);
+        block
+            .output
+            .backward(branch, &matrices.output, scale, attended);
         let kept = Kept {
             heads_in: &saved.heads,
             attended: &saved.attended,
             lse: &saved.lse,
         };
-        d_heads.resize(n * heads.row(), 0.0);
-        attention::backward(attended, kept, tokens.pattern, heads, d_heads);
-        qkv.resize(n * heads.row(), 0.0);
-        rope::backward(d_heads, tokens.positions, heads, tokens.rotations, qkv);
-        if wanted(&[Query, Key, Value]) {
-            norm::again(x, &block.input_norm, &saved.input_scales, narrow);
-            let places = [
-                (Query, 0, query_width),
-                (Key, query_width, key_width),
-                (Value, query_width + key_width, key_width),
-            ];
-            for (projection, first, width) in places {
-                let d = Matrix::strided(&qkv[first..], n, width, heads.row());
-                add(
-                    projection,
-                    d,
-                    Matrix::new(narrow, n, hidden),
-                    [width, hidden],
-                );
-            }
+        d_heads.resize(saved.heads.len(), 0.0);
+        attention::backward(
+            attended,
+            kept,
+            tokens.pattern,
+            heads,
+            config.scores,
+            d_heads,
+        );
+        qkv.resize(saved.heads.len(), 0.0);
+        rope::backward(d_heads, heads, tokens.rotations, qkv);
+        if let Some(weights) = &block.head_norm {
+            norm::heads_backward(
+                qkv,
+                heads.row(),
+                head_groups(config, weights),
+                &saved.before_head_norm,
+                &saved.head_scales,
+            );
         }
-        if below == Below::Targets {
-            project_back(qkv, &matrices.qkv, hidden, heads.row(), narrow);
-            norm::backward(narrow, x, &block.input_norm, &saved.input_scales, d);
+        if block.qkv.has_targets() {
+            let entered = match &block.attention_in {
+                None => x,
+                Some(weight) => {
+                    narrow.resize(x.len(), 0.0);
+                    norm::again(x, weight, &saved.attention_in_scales, narrow);
+                    &*narrow
+                }
+            };
+            block.qkv.add_gradients(qkv, entered, 1.0, gradients);
+        }
+        if below == Below::Nothing {
+            return;
+        }
+        block.qkv.backward(qkv, &matrices.qkv, 1.0, narrow);
+        match &block.attention_in {
+            None => add_to(d, narrow),
+            Some(weight) => norm::backward(narrow, x, weight, &saved.attention_in_scales, d),
+        }
+    }
+}
+
+/// Puts into `branch` the gradient with respect to what came out of a layer, before the norm if there is one, given `d`, that with
+/// respect to the residual stream behind it. Returns the factor that is still to be put on it.
+fn into_branch(
+    weight: &Option<Vec<f32>>,
+    kept: &Branch,
+    config: &Config,
+    d: &[f32],
+    branch: &mut Vec<f32>,
+) -> f32 {
+    branch.clear();
+    match weight {
+        None => {
+            branch.extend_from_slice(d);
+            config.residual_multiplier
+        }
+        Some(weight) => {
+            branch.resize(d.len(), 0.0);
+            norm::backward(d, &kept.rows, weight, &kept.scales, branch);
+            1.0
         }
     }
 }
 
-/// `y = x w^T + bias`, with `x` tokens x inputs, `w` outputs x inputs.
-fn project(x: &[f32], w: &[f32], bias: &[f32], inputs: usize, y: &mut Vec<f32>) {
-    let (n, outputs) = (x.len() / inputs, w.len() / inputs);
-    y.resize(n * outputs, 0.0);
-    matmul(
-        MatrixMut::new(y, n, outputs),
-        Output::Overwrite,
-        1.0,
-        Matrix::new(x, n, inputs),
-        Matrix::new(w, outputs, inputs).t(),
-        Threads::All,
-    );
-    add_bias(y, bias);
+/// The query and key heads of a row, with the weights of their norms.
+fn head_groups<'w>(config: &Config, [query, key]: &'w [Vec<f32>; 2]) -> [Groups<'w>; 2] {
+    let heads = config.heads();
+    [
+        Groups {
+            width: heads.query * heads.dim,
+            weight: query,
+        },
+        Groups {
+            width: heads.key_value * heads.dim,
+            weight: key,
+        },
+    ]
 }
 
-/// `y = residual + x w^T + bias`, with `residual` tokens x outputs.
-fn project_onto(
-    residual: &[f32],
-    x: &[f32],
-    w: &[f32],
-    bias: &[f32],
-    outputs: usize,
-    y: &mut Vec<f32>,
-) {
-    let n = residual.len() / outputs;
-    let inputs = w.len() / outputs;
-    y.clear();
-    y.extend_from_slice(residual);
-    matmul(
-        MatrixMut::new(y, n, outputs),
-        Output::Add,
-        1.0,
-        Matrix::new(x, n, inputs),
-        Matrix::new(w, outputs, inputs).t(),
-        Threads::All,
-    );
-    add_bias(y, bias);
-}
-
-/// `dx = dy w`: the gradient of [`project`] with respect to `x`.
-fn project_back(dy: &[f32], w: &[f32], inputs: usize, outputs: usize, dx: &mut [f32]) {
-    let n = dy.len() / outputs;
-    matmul(
-        MatrixMut::new(dx, n, inputs),
-        Output::Overwrite,
-        1.0,
-        Matrix::new(dy, n, outputs),
-        Matrix::new(w, outputs, inputs),
-        Threads::All,
-    );
-}
-
-fn add_bias(y: &mut [f32], bias: &[f32]) {
-    if !bias.is_empty() {
-        for row in y.chunks_exact_mut(bias.len()) {
-            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-        }
-    }
+fn add_to(d: &mut [f32], more: &[f32]) {
+    d.iter_mut().zip(more).for_each(|(d, more)| *d += more);
 }

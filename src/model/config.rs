@@ -1,50 +1,103 @@
 //! `config.json` resolved into the numbers a decoder needs.
 //!
 //! In: the JSON of a Hugging Face `config.json`. Out: a [`Config`] whose sizes fit together, or a refusal that names the
-//! setting. A setting of another family that would change numbers is refused, never ignored.
+//! setting. A setting that its [`Family`] does not read and that is not known to change no number is refused, never ignored.
 
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use super::family::{
+    Activation, AttentionBias, COMMON, EmbeddingScale, ExpertNames, Family, HeadNormSpan, INERT,
+    INERT_AFFIXES, MODEL_TYPES, NEUTRAL, NormPlacement, Windows,
+};
 use super::frequencies::Frequencies;
+use super::kernels::attention::Scores;
 use super::kernels::rope::Heads;
-
-/// The `model_type`s this decoder computes exactly.
-pub const MODEL_TYPES: [&str; 2] = ["llama", "mistral"];
+use super::settings::{Settings, narrowed};
 
 /// A decoder's shape and constants.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Config {
-    /// `model_type`.
-    pub model_type: String,
+    /// `model_type`; of a model with several towers, that of its text part.
+    pub model_type: &'static str,
     /// Rows of the embedding: token ids are below this.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the feed-forward layer.
-    pub intermediate_size: usize,
-    /// Number of blocks.
-    pub num_hidden_layers: usize,
     /// Number of query heads.
     pub num_attention_heads: usize,
     /// Number of key heads and of value heads; divides `num_attention_heads`.
     pub num_key_value_heads: usize,
     /// Elements of one head; even.
     pub head_dim: usize,
-    /// Added to the mean square in RMSNorm.
-    pub rms_norm_eps: f32,
-    /// Rotary embedding, scaling applied.
-    pub frequencies: Frequencies,
-    /// How many tokens a token looks back on, itself included; `None` is all.
-    pub sliding_window: Option<usize>,
-    /// Whether q, k, v and o projections have biases.
-    pub attention_bias: bool,
-    /// Whether gate, up and down projections have biases.
-    pub mlp_bias: bool,
     /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,
-    /// Longest sequence the model was made for, in tokens.
-    pub max_position_embeddings: usize,
+    /// What is particular to each block, in order.
+    pub(crate) blocks: Vec<BlockConfig>,
+    /// Rotary embeddings, scaling applied; each block names its own.
+    pub(crate) rotary: Vec<Frequencies>,
+    /// Added to the mean square in RMSNorm.
+    pub(crate) rms_norm_eps: f32,
+    /// Where norms stand in a block.
+    pub(crate) norms: NormPlacement,
+    /// Added to the stored weights of norms.
+    pub(crate) norm_offset: f32,
+    /// Norms of queries and keys.
+    pub(crate) head_norm: Option<HeadNormSpan>,
+    /// Whether query, key and value projection have biases.
+    pub(crate) qkv_bias: bool,
+    /// Whether the output projection has one.
+    pub(crate) output_bias: bool,
+    /// Whether gate, up and down projections have biases.
+    pub(crate) mlp_bias: bool,
+    /// Whether query, key and value are one stored matrix, and gate and up another.
+    pub(crate) fused: bool,
+    /// The gate's nonlinearity.
+    pub(crate) activation: Activation,
+    /// How products of queries and keys become scores.
+    pub(crate) scores: Scores,
+    /// Factor on the embedding.
+    pub(crate) embedding_multiplier: f32,
+    /// Factor on what attention and feed-forward layer add to the residual stream.
+    pub(crate) residual_multiplier: f32,
+    /// What follows the output matrix.
+    pub(crate) logits: Logits,
+    /// The experts of those blocks that have some.
+    pub(crate) experts: Option<Experts>,
+}
+
+/// What is particular to one block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BlockConfig {
+    /// How many tokens a token looks back on, itself included; `None` is all.
+    pub(crate) window: Option<usize>,
+    /// Index into [`Config::rotary`].
+    pub(crate) rotary: usize,
+    /// Width of the feed-forward layer, of one expert where there are several.
+    pub(crate) width: usize,
+    /// Whether the feed-forward layer is a mixture of experts.
+    pub(crate) is_mixture: bool,
+}
+
+/// From the output matrix to logits: times `scale`, then `softcap` tanh(x / `softcap`).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Logits {
+    pub(crate) scale: f32,
+    pub(crate) softcap: Option<f32>,
+}
+
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Experts {
+    /// How many there are in a block.
+    pub(crate) count: usize,
+    /// How many a token is sent to; at most `count`.
+    pub(crate) per_token: usize,
+    /// Whether a token's weights are scaled to a sum of 1.
+    pub(crate) normalized: bool,
+    /// What their tensors are called.
+    pub(crate) names: ExpertNames,
 }
 
 impl Config {
@@ -54,8 +107,55 @@ impl Config {
     /// [`ConfigError`] when it is no JSON object, a needed setting is missing or of the wrong kind, the sizes do not fit
     /// together, or a setting asks for arithmetic that this decoder does not do.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let settings: Map<String, Value> = serde_json::from_str(text).map_err(ConfigError::Json)?;
-        Settings(&settings).resolve()
+        let whole: Map<String, Value> = serde_json::from_str(text).map_err(ConfigError::Json)?;
+        let whole = Settings::of(&whole);
+        // Of a model with several towers, only the text part is computed.
+        let text_part = whole.object("text_config")?;
+        let settings = text_part.map_or(whole, Settings::of);
+        let model_type = match (settings.text("model_type")?, whole.text("model_type")?) {
+            (None, Some("gemma3")) => "gemma3_text",
+            (Some(model_type), _) | (None, Some(model_type)) => model_type,
+            (None, None) => {
+                return Err(ConfigError::Missing {
+                    setting: "model_type",
+                });
+            }
+        };
+        let Some(family) = Family::named(model_type) else {
+            return Err(ConfigError::ModelType {
+                found: model_type.to_owned(),
+            });
+        };
+        let outer = text_part.map(|_| whole);
+        if let Some(outer) = outer {
+            refuse_quantized(outer)?;
+        }
+        let tied = match (
+            settings.optional_flag("tie_word_embeddings")?,
+            outer
+                .map(|outer| outer.optional_flag("tie_word_embeddings"))
+                .transpose()?
+                .flatten(),
+        ) {
+            (Some(inner), Some(outer)) if inner != outer => {
+                return Err(ConfigError::Sizes(format!(
+                    "`tie_word_embeddings` is {outer}, and {inner} in `text_config`"
+                )));
+            }
+            (Some(tied), _) | (None, Some(tied)) => tied,
+            (None, None) => family.tied,
+        };
+        resolve(family, settings.with_defaults(family.defaults), tied)
+    }
+
+    /// Number of blocks.
+    pub fn num_hidden_layers(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether there are norms between the layers and the residual stream.
+    pub(crate) fn has_out_norms(&self) -> bool {
+        self.norms != NormPlacement::Before
     }
 
     /// How query, key and value heads lie in a projection's row.
@@ -105,6 +205,16 @@ pub enum ConfigError {
         /// Its value as JSON.
         found: String,
     },
+    /// A setting that nothing here knows.
+    #[error("`{setting}` is {found}, and what that does to a `{model_type}` model is not known")]
+    Unknown {
+        /// The setting's key.
+        setting: String,
+        /// Its value as JSON.
+        found: String,
+        /// The family.
+        model_type: &'static str,
+    },
     /// Sizes that contradict each other.
     #[error("{0}")]
     Sizes(
@@ -113,192 +223,305 @@ pub enum ConfigError {
     ),
 }
 
-/// Settings of other families, each with the value that leaves the arithmetic alone.
-const NEUTRAL: [(&str, f64); 8] = [
-    ("attention_multiplier", f64::NAN),
-    ("attn_logit_softcapping", f64::NAN),
-    ("embedding_multiplier", 1.0),
-    ("final_logit_softcapping", f64::NAN),
-    ("logits_scaling", 1.0),
-    ("partial_rotary_factor", 1.0),
-    ("pretraining_tp", 1.0),
-    ("residual_multiplier", 1.0),
-];
+fn resolve(
+    family: &'static Family,
+    settings: Settings<'_>,
+    tie_word_embeddings: bool,
+) -> Result<Config, ConfigError> {
+    refuse_unknown(family, settings)?;
+    let needed = |setting| {
+        settings
+            .size(setting)?
+            .ok_or(ConfigError::Missing { setting })
+    };
+    let hidden_size = needed("hidden_size")?;
+    let num_attention_heads = needed("num_attention_heads")?;
+    let head_dim = match settings.size("head_dim")? {
+        Some(dim) => dim,
+        None if hidden_size % num_attention_heads == 0 => hidden_size / num_attention_heads,
+        None => {
+            return Err(ConfigError::Sizes(format!(
+                "`hidden_size` {hidden_size} is no multiple of `num_attention_heads` {num_attention_heads}"
+            )));
+        }
+    };
+    let num_key_value_heads = settings
+        .size("num_key_value_heads")?
+        .unwrap_or(num_attention_heads);
+    if num_attention_heads % num_key_value_heads != 0 {
+        return Err(ConfigError::Sizes(format!(
+            "`num_attention_heads` {num_attention_heads} is no multiple of `num_key_value_heads` {num_key_value_heads}"
+        )));
+    }
+    if head_dim % 2 != 0 {
+        return Err(ConfigError::Sizes(format!(
+            "`head_dim` {head_dim} is odd, and rotary embedding rotates pairs"
+        )));
+    }
+    check_activation(family, settings)?;
+    let bias = settings.flag("attention_bias")?;
+    let (qkv_bias, output_bias) = match family.attention_bias {
+        AttentionBias::Never => (false, false),
+        AttentionBias::Inputs => (true, false),
+        AttentionBias::Setting => (bias, bias),
+    };
+    let experts = experts(family, settings)?;
+    let blocks = blocks(family, settings, needed("num_hidden_layers")?, experts)?;
+    Ok(Config {
+        model_type: family.model_type,
+        vocab_size: needed("vocab_size")?,
+        hidden_size,
+        num_attention_heads,
+        num_key_value_heads,
+        head_dim,
+        tie_word_embeddings,
+        rotary: Frequencies::resolve(family, settings, head_dim)?,
+        blocks,
+        rms_norm_eps: settings.number("rms_norm_eps")?.map_or(1e-6, narrowed),
+        norms: family.norms,
+        norm_offset: family.norm_offset,
+        head_norm: family.head_norm,
+        qkv_bias,
+        output_bias,
+        mlp_bias: settings.flag("mlp_bias")?,
+        fused: family.fused,
+        activation: family.activation,
+        scores: Scores {
+            scale: score_scale(settings, head_dim)?,
+            softcap: settings.positive("attn_logit_softcapping")?.map(narrowed),
+        },
+        embedding_multiplier: match family.embedding {
+            EmbeddingScale::RootOfWidth => root(hidden_size),
+            EmbeddingScale::Setting => settings
+                .number("embedding_multiplier")?
+                .map_or(1.0, narrowed),
+        },
+        residual_multiplier: settings
+            .number("residual_multiplier")?
+            .map_or(1.0, narrowed),
+        logits: Logits {
+            scale: settings
+                .positive("logits_scaling")?
+                .map_or(1.0, |scaling| narrowed(1.0 / scaling)),
+            softcap: settings.positive("final_logit_softcapping")?.map(narrowed),
+        },
+        experts,
+    })
+}
 
-/// Settings of other families that must be absent, null or false.
-const ABSENT: [&str; 9] = [
-    "clip_qkv",
-    "layer_types",
-    "no_rope_layers",
-    "num_experts",
-    "num_local_experts",
-    "quantization_config",
-    "query_pre_attn_scalar",
-    "use_qk_norm",
-    "use_sliding_window",
-];
-
-/// The raw settings, with typed access.
-pub(super) struct Settings<'a>(pub(super) &'a Map<String, Value>);
-
-impl Settings<'_> {
-    fn resolve(&self) -> Result<Config, ConfigError> {
-        let model_type = self.text("model_type")?.ok_or(ConfigError::Missing {
-            setting: "model_type",
-        })?;
-        if !MODEL_TYPES.contains(&model_type) {
-            return Err(ConfigError::ModelType {
-                found: model_type.to_owned(),
+/// Refuses whatever the family does not read, unless it is known to change no number.
+fn refuse_unknown(family: &'static Family, settings: Settings<'_>) -> Result<(), ConfigError> {
+    refuse_quantized(settings)?;
+    let (starts, ends) = INERT_AFFIXES;
+    for (setting, value) in settings.active() {
+        let known = COMMON.contains(&setting)
+            || family.settings.contains(&setting)
+            || INERT.contains(&setting)
+            || starts.iter().any(|start| setting.starts_with(start))
+            || ends.iter().any(|end| setting.ends_with(end));
+        let neutral = NEUTRAL
+            .iter()
+            .any(|&(name, neutral)| name == setting && value.as_f64() == Some(neutral));
+        if !known && !neutral {
+            return Err(ConfigError::Unknown {
+                setting: setting.to_owned(),
+                found: shortened(value),
+                model_type: family.model_type,
             });
         }
-        self.refuse_foreign_arithmetic(model_type)?;
-        let hidden_size = self.needed("hidden_size")?;
-        let num_attention_heads = self.needed("num_attention_heads")?;
-        let head_dim = match self.size("head_dim")? {
-            Some(dim) => dim,
-            None if hidden_size % num_attention_heads == 0 => hidden_size / num_attention_heads,
-            None => {
-                return Err(ConfigError::Sizes(format!(
-                    "`hidden_size` {hidden_size} is no multiple of `num_attention_heads` {num_attention_heads}"
-                )));
-            }
-        };
-        let num_key_value_heads = self
-            .size("num_key_value_heads")?
-            .unwrap_or(num_attention_heads);
-        if num_attention_heads % num_key_value_heads != 0 {
-            return Err(ConfigError::Sizes(format!(
-                "`num_attention_heads` {num_attention_heads} is no multiple of `num_key_value_heads` {num_key_value_heads}"
-            )));
-        }
-        if head_dim % 2 != 0 {
-            return Err(ConfigError::Sizes(format!(
-                "`head_dim` {head_dim} is odd, and rotary embedding rotates pairs"
-            )));
-        }
-        let max_position_embeddings = self.size("max_position_embeddings")?.unwrap_or(2048);
-        Ok(Config {
-            vocab_size: self.needed("vocab_size")?,
-            hidden_size,
-            intermediate_size: self.needed("intermediate_size")?,
-            num_hidden_layers: self.needed("num_hidden_layers")?,
-            num_attention_heads,
-            num_key_value_heads,
-            head_dim,
-            rms_norm_eps: self.number("rms_norm_eps")?.map_or(1e-6, narrowed),
-            frequencies: Frequencies::resolve(self, head_dim)?,
-            sliding_window: match model_type {
-                "mistral" => self.size("sliding_window")?,
-                _ => None,
-            },
-            attention_bias: self.flag("attention_bias")?,
-            mlp_bias: self.flag("mlp_bias")?,
-            tie_word_embeddings: self.flag("tie_word_embeddings")?,
-            max_position_embeddings,
-            model_type: model_type.to_owned(),
-        })
     }
+    Ok(())
+}
 
-    /// Refuses settings that would change numbers and that nothing here reads.
-    fn refuse_foreign_arithmetic(&self, model_type: &str) -> Result<(), ConfigError> {
-        let unsupported = |setting: &str, value: &Value| ConfigError::Unsupported {
-            setting: setting.to_owned(),
-            found: value.to_string(),
-        };
-        if let Some(act) = self
-            .0
-            .get("hidden_act")
-            .filter(|act| act.as_str() != Some("silu"))
-        {
-            return Err(unsupported("hidden_act", act));
-        }
-        for (setting, neutral) in NEUTRAL {
-            match self.0.get(setting) {
-                None | Some(Value::Null) => {}
-                Some(value) if value.as_f64() == Some(neutral) => {}
-                Some(value) => return Err(unsupported(setting, value)),
-            }
-        }
-        for setting in ABSENT {
-            match self.0.get(setting) {
-                None | Some(Value::Null | Value::Bool(false)) => {}
-                Some(value) => return Err(unsupported(setting, value)),
-            }
-        }
-        if model_type == "llama"
-            && let Some(value) = self
-                .0
-                .get("sliding_window")
-                .filter(|value| !value.is_null())
-        {
-            return Err(unsupported("sliding_window", value));
-        }
-        Ok(())
-    }
-
-    fn value(&self, setting: &str) -> Option<&Value> {
-        self.0.get(setting).filter(|value| !value.is_null())
-    }
-
-    pub(super) fn text(&self, setting: &'static str) -> Result<Option<&str>, ConfigError> {
-        self.typed(setting, "a string", Value::as_str)
-    }
-
-    pub(super) fn number(&self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
-        self.typed(setting, "a number", Value::as_f64)
-    }
-
-    pub(super) fn flag(&self, setting: &'static str) -> Result<bool, ConfigError> {
-        Ok(self
-            .typed(setting, "true or false", Value::as_bool)?
-            .unwrap_or(false))
-    }
-
-    /// A positive number that must be there.
-    pub(super) fn positive(&self, setting: &'static str) -> Result<f64, ConfigError> {
-        self.typed(setting, "a number above 0", |value| {
-            value.as_f64().filter(|&x| x > 0.0)
-        })?
-        .ok_or(ConfigError::Missing { setting })
-    }
-
-    /// A size of at least 1 and below 2^31, so that products of two fit u64 everywhere.
-    fn size(&self, setting: &'static str) -> Result<Option<usize>, ConfigError> {
-        self.typed(setting, "a whole number from 1 to 2147483647", |value| {
-            let size = value.as_u64().filter(|size| (1..1 << 31).contains(size))?;
-            usize::try_from(size).ok()
-        })
-    }
-
-    fn needed(&self, setting: &'static str) -> Result<usize, ConfigError> {
-        self.size(setting)?.ok_or(ConfigError::Missing { setting })
-    }
-
-    fn typed<'v, T>(
-        &'v self,
-        setting: &'static str,
-        wanted: &'static str,
-        read: impl Fn(&'v Value) -> Option<T>,
-    ) -> Result<Option<T>, ConfigError> {
-        self.value(setting)
-            .map(|value| {
-                read(value).ok_or_else(|| ConfigError::Kind {
-                    setting,
-                    found: value.to_string(),
-                    wanted,
-                })
-            })
-            .transpose()
+fn refuse_quantized(settings: Settings<'_>) -> Result<(), ConfigError> {
+    const SETTING: &str = "quantization_config";
+    match settings.value(SETTING) {
+        Some(value) => Err(ConfigError::Unsupported {
+            setting: SETTING.to_owned(),
+            found: shortened(value),
+        }),
+        None => Ok(()),
     }
 }
 
-/// A setting as the f32 that the arithmetic runs in.
+/// A value as JSON, cut where it would fill a screen.
+fn shortened(value: &Value) -> String {
+    const LONGEST: usize = 200;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+/// Whether the config names the family's own nonlinearity.
+fn check_activation(family: &Family, settings: Settings<'_>) -> Result<(), ConfigError> {
+    for setting in ["hidden_act", "hidden_activation"] {
+        let fits = |name: &str| match family.activation {
+            Activation::Silu => matches!(name, "silu" | "swish"),
+            // "gelu" in the first configs of Gemma means the approximation by tanh, too.
+            Activation::GeluTanh => {
+                matches!(
+                    name,
+                    "gelu_pytorch_tanh" | "gelu_new" | "gelu" | "gelu_fast"
+                )
+            }
+        };
+        if let Some(name) = settings.text(setting)?.filter(|name| !fits(name)) {
+            return Err(ConfigError::Unsupported {
+                setting: setting.to_owned(),
+                found: format!("\"{name}\""),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What products of queries and keys are multiplied by.
+fn score_scale(settings: Settings<'_>, head_dim: usize) -> Result<f32, ConfigError> {
+    if let Some(multiplier) = settings.positive("attention_multiplier")? {
+        return Ok(narrowed(multiplier));
+    }
+    Ok(match settings.positive("query_pre_attn_scalar")? {
+        Some(scalar) => narrowed(1.0 / scalar.sqrt()),
+        None => reciprocal_root(head_dim),
+    })
+}
+
+fn experts(family: &Family, settings: Settings<'_>) -> Result<Option<Experts>, ConfigError> {
+    let Some(names) = family.experts else {
+        return Ok(None);
+    };
+    let needed = |setting| {
+        settings
+            .size(setting)?
+            .ok_or(ConfigError::Missing { setting })
+    };
+    // Both names are in use for the same number.
+    let count = match settings.size("num_experts")? {
+        Some(count) => count,
+        None => needed("num_local_experts")?,
+    };
+    let per_token = needed("num_experts_per_tok")?;
+    if per_token > count {
+        return Err(ConfigError::Sizes(format!(
+            "`num_experts_per_tok` {per_token} is above the number of experts, {count}"
+        )));
+    }
+    Ok(Some(Experts {
+        count,
+        per_token,
+        normalized: match names.module {
+            "block_sparse_moe" => true,
+            _ => settings.flag("norm_topk_prob")?,
+        },
+        names,
+    }))
+}
+
+fn blocks(
+    family: &Family,
+    settings: Settings<'_>,
+    count: usize,
+    experts: Option<Experts>,
+) -> Result<Vec<BlockConfig>, ConfigError> {
+    let reads = |setting| family.settings.contains(&setting);
+    let size = |setting| match reads(setting) {
+        true => settings.size(setting),
+        false => Ok(None),
+    };
+    let window = size("sliding_window")?;
+    let used = settings.flag("use_sliding_window")?;
+    let types = match reads("layer_types") {
+        true => settings.texts("layer_types")?,
+        false => None,
+    };
+    if let Some(types) = types.as_ref().filter(|types| types.len() != count) {
+        return Err(ConfigError::Sizes(format!(
+            "`layer_types` has {} entries for {count} blocks",
+            types.len()
+        )));
+    }
+    let upper = match family.windows {
+        Windows::UpperIfUsed => settings.number("max_window_layers")?,
+        _ => None,
+    };
+    let pattern = match size("sliding_window_pattern")? {
+        Some(pattern) => Some(pattern),
+        None => size("_sliding_window_pattern")?,
+    };
+    let is_local = |block: usize| -> Result<bool, ConfigError> {
+        if let Some(types) = &types {
+            return match types[block] {
+                "full_attention" => Ok(false),
+                "sliding_attention" => Ok(true),
+                other => Err(ConfigError::Unsupported {
+                    setting: "layer_types".to_owned(),
+                    found: format!("\"{other}\""),
+                }),
+            };
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a number of blocks")]
+        Ok(match family.windows {
+            Windows::Never => false,
+            Windows::All => true,
+            Windows::AllIfUsed => used,
+            Windows::UpperIfUsed => used && upper.is_some_and(|first| block as f64 >= first),
+            Windows::AllBut(each) => !(block + 1).is_multiple_of(pattern.unwrap_or(each)),
+        })
+    };
+    // transformers drops the window of these families when it is not used, whatever `layer_types` says.
+    let window = match family.windows {
+        Windows::AllIfUsed | Windows::UpperIfUsed => window.filter(|_| used),
+        _ => window,
+    };
+    let dense_only = settings.indices("mlp_only_layers")?;
+    let sparse_step = size("decoder_sparse_step")?.unwrap_or(1);
+    let needed = |setting| {
+        settings
+            .size(setting)?
+            .ok_or(ConfigError::Missing { setting })
+    };
+    let dense_width = needed("intermediate_size")?;
+    let expert_width = match experts {
+        Some(experts) => needed(experts.names.width)?,
+        None => dense_width,
+    };
+    (0..count)
+        .map(|block| {
+            let local = is_local(block)?;
+            let is_mixture =
+                experts.is_some() && !dense_only.contains(&block) && (block + 1) % sparse_step == 0;
+            Ok(BlockConfig {
+                window: window.filter(|_| local),
+                // The second rotary embedding, where there are two, is that of the blocks with a window.
+                rotary: usize::from(local && family.settings.contains(&"rope_local_base_freq")),
+                width: match is_mixture {
+                    true => expert_width,
+                    false => dense_width,
+                },
+                is_mixture,
+            })
+        })
+        .collect()
+}
+
+/// One over the square root of a width, as f32.
 #[expect(
-    clippy::cast_possible_truncation,
-    reason = "rounding to f32 is what PyTorch does with these constants"
+    clippy::cast_precision_loss,
+    reason = "a head is far below 2^53 elements wide"
 )]
-pub(super) fn narrowed(x: f64) -> f32 {
-    x as f32
+fn reciprocal_root(width: usize) -> f32 {
+    narrowed(1.0 / (width as f64).sqrt())
+}
+
+/// The square root of a width, as f32.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "a model's width is far below 2^53"
+)]
+fn root(width: usize) -> f32 {
+    narrowed((width as f64).sqrt())
 }
 
 #[cfg(test)]
@@ -316,15 +539,128 @@ mod tests {
         Config::parse(&Value::Object(settings).to_string())
     }
 
+    fn windows(changes: &str) -> Vec<Option<usize>> {
+        let config = parse(changes).expect(changes);
+        config.blocks.iter().map(|block| block.window).collect()
+    }
+
     #[test]
     fn defaults_are_those_of_transformers() {
         let config = parse("{}").expect("a config");
         assert_eq!((config.head_dim, config.rms_norm_eps), (8, 1e-6));
-        assert!(
-            !config.tie_word_embeddings
-                && !config.attention_bias
-                && config.sliding_window.is_none()
+        assert!(!config.tie_word_embeddings && !config.qkv_bias);
+        assert_eq!(windows("{}"), [None, None]);
+        assert_eq!(windows(r#"{"model_type": "mistral"}"#), [Some(4096); 2]);
+        assert_eq!(
+            windows(r#"{"model_type": "mistral", "sliding_window": null}"#),
+            [None; 2]
         );
+    }
+
+    #[test]
+    fn windows_follow_the_rules_of_the_family() {
+        let qwen = |more: &str| {
+            windows(&format!(
+                r#"{{"model_type": "qwen2", "sliding_window": 5, {more}}}"#
+            ))
+        };
+        assert_eq!(qwen(r#""use_sliding_window": false"#), [None, None]);
+        assert_eq!(
+            qwen(r#""use_sliding_window": true, "max_window_layers": 1"#),
+            [None, Some(5)]
+        );
+        assert_eq!(
+            qwen(
+                r#""use_sliding_window": true, "layer_types": ["sliding_attention", "full_attention"]"#
+            ),
+            [Some(5), None]
+        );
+        assert_eq!(
+            windows(r#"{"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh"}"#),
+            [Some(4096), None]
+        );
+    }
+
+    #[test]
+    fn a_text_part_is_read_with_its_familys_defaults() {
+        let config = Config::parse(
+            r#"{"model_type": "gemma3", "vision_config": {"hidden_size": 1}, "mm_tokens_per_image": 4,
+                "text_config": {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
+                "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}}"#,
+        )
+        .expect("a config");
+        assert_eq!((config.vocab_size, config.head_dim), (262_208, 256));
+        assert_eq!(
+            (config.num_attention_heads, config.num_key_value_heads),
+            (8, 4)
+        );
+        assert!(config.tie_word_embeddings);
+        let local: Vec<usize> = config.blocks.iter().map(|block| block.rotary).collect();
+        assert_eq!(local[..7], [1, 1, 1, 1, 1, 0, 1]);
+        assert_eq!(config.rotary[0].inverse[0], 0.125);
+        assert_eq!(config.rotary[1].inverse[0], 1.0);
+    }
+
+    /// Configs as they are published, in every spelling that is met; where they come from is in `testdata/configs/README.md`.
+    fn published(name: &str) -> Config {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/configs");
+        let text = std::fs::read_to_string(folder.join(format!("{name}.json"))).expect(name);
+        Config::parse(&text).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    #[test]
+    fn published_configs_are_accepted() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/configs");
+        let mut seen = std::collections::BTreeSet::new();
+        for entry in std::fs::read_dir(folder).expect("configs") {
+            let path = entry.expect("an entry").path();
+            if path.extension().is_some_and(|it| it == "json") {
+                let text = std::fs::read_to_string(&path).expect("a config");
+                let config = Config::parse(&text)
+                    .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+                assert_eq!(config.blocks.len(), config.num_hidden_layers());
+                seen.insert(config.model_type);
+            }
+        }
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), MODEL_TYPES);
+    }
+
+    #[test]
+    fn published_configs_mean_what_their_authors_say() {
+        let windows = |config: &Config| {
+            let windows = config.blocks.iter().filter_map(|block| block.window);
+            (windows.clone().count(), windows.max())
+        };
+        let phi = published("Phi-4-mini-instruct");
+        assert_eq!((phi.rotary[0].inverse.len(), phi.head_dim), (48, 128));
+        assert_eq!(
+            phi.rotary[0].long.as_ref().map(|(above, _)| *above),
+            Some(4096)
+        );
+        let gemma = published("gemma-2-9b");
+        assert_eq!(windows(&gemma), (21, Some(4096)));
+        assert_eq!(
+            (gemma.scores.softcap, gemma.logits.softcap),
+            (Some(50.0), Some(30.0))
+        );
+        assert_eq!(gemma.scores.scale, 1.0 / 16.0);
+        let gemma = published("gemma-3-27b-it");
+        assert_eq!(windows(&gemma), (52, Some(1024)));
+        assert!((gemma.scores.scale - 168f32.sqrt().recip()).abs() < 1e-8);
+        assert_eq!(gemma.rotary[0].inverse[0], 0.125);
+        let qwen = published("Qwen3-30B-A3B");
+        let experts = qwen.experts.expect("experts");
+        assert_eq!((experts.count, experts.per_token), (128, 8));
+        assert!(experts.normalized && qwen.blocks.iter().all(|block| block.is_mixture));
+        assert_eq!(windows(&published("Qwen2-7B")), (0, None));
+        assert_eq!(windows(&published("Mistral-7B-v0.1")), (32, Some(4096)));
+        let granite = published("granite-3.3-8b-instruct");
+        assert_eq!(
+            (granite.logits.scale, granite.embedding_multiplier),
+            (0.0625, 12.0)
+        );
+        assert!(!published("Llama-3.1-8B").tie_word_embeddings);
+        assert!(published("gemma-2b").tie_word_embeddings);
     }
 
     #[test]
@@ -332,7 +668,7 @@ mod tests {
         for (changes, words) in [
             (
                 r#"{"model_type": "gpt2"}"#,
-                "model type `gpt2` is not supported; supported are llama, mistral",
+                "model type `gpt2` is not supported; supported are gemma, gemma2,",
             ),
             (r#"{"hidden_act": "gelu"}"#, "`hidden_act` is \"gelu\""),
             (r#"{"vocab_size": null}"#, "`vocab_size` is missing"),
@@ -348,7 +684,7 @@ mod tests {
             (r#"{"head_dim": 7}"#, "`head_dim` 7 is odd"),
             (
                 r#"{"final_logit_softcapping": 30.0}"#,
-                "`final_logit_softcapping` is 30.0",
+                "`final_logit_softcapping` is 30.0, and what that does to a `llama` model",
             ),
             (
                 r#"{"quantization_config": {"bits": 4}}"#,
@@ -356,13 +692,38 @@ mod tests {
             ),
             (r#"{"sliding_window": 4}"#, "`sliding_window` is 4"),
             (
+                r#"{"rope_interleaved": true}"#,
+                "`rope_interleaved` is true",
+            ),
+            (
                 r#"{"attention_bias": "yes"}"#,
                 "`attention_bias` is \"yes\", where true or false",
+            ),
+            (
+                r#"{"model_type": "qwen2", "layer_types": ["full_attention"]}"#,
+                "`layer_types` has 1 entries for 2 blocks",
+            ),
+            (
+                r#"{"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"]}"#,
+                "`layer_types` is \"chunked_attention\"",
+            ),
+            (
+                r#"{"model_type": "mixtral", "num_local_experts": 1}"#,
+                "`num_experts_per_tok` 2 is above the number of experts, 1",
             ),
         ] {
             let error = parse(changes).expect_err(changes).to_string();
             assert!(error.contains(words), "{changes}: {error}");
         }
         assert!(matches!(Config::parse("[1]"), Err(ConfigError::Json(_))));
+    }
+
+    #[test]
+    fn settings_that_change_no_number_are_passed_over() {
+        parse(
+            r#"{"pretraining_tp": 2, "is_llama_config": true, "rope_interleaved": false, "unsloth_version": "2025.1",
+                "eos_token_id": [1, 2], "transformers.js_config": {"a": 1}, "residual_multiplier": 1.0}"#,
+        )
+        .expect("a config");
     }
 }

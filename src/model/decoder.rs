@@ -7,15 +7,17 @@
 use panacea_formats::TensorView;
 use thiserror::Error;
 
-use super::block::{Below, Gradients, Layer, Saved, Scratch, Tokens};
-use super::config::Config;
+use super::adapter::AdapterModule;
+use super::block::{Below, Layer, Saved, Scratch, Tokens};
+use super::config::{BlockConfig, Config};
 use super::head::{Head, HeadScratch, LossSum, Objective};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
+use super::linear::widen;
 use super::pack::Pack;
 use super::targets::{Target, TargetSelection};
 use super::tensors::TargetTensors;
-use super::weights::{BlockMatrices, Weights, WeightsError, widen};
+use super::weights::{BlockMatrices, Space, Weights, WeightsError};
 
 /// Whether the forward keeps each block's activations for the backward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,7 +35,6 @@ pub struct Decoder<'c> {
     config: Config,
     weights: Weights<'c>,
     activations: Activations,
-    rotations: Rotations,
     workspace: Workspace,
 }
 
@@ -62,7 +63,8 @@ struct Workspace {
     scratch: Scratch,
     head: HeadScratch,
     d: Vec<f32>,
-    positions: Vec<usize>,
+    /// One for each rotary embedding.
+    rotations: Vec<Rotations>,
 }
 
 impl<'c> Decoder<'c> {
@@ -79,16 +81,39 @@ impl<'c> Decoder<'c> {
     where
         I: IntoIterator<Item = TensorView<'c>>,
     {
-        let by_name: std::collections::HashMap<&str, TensorView<'c>> =
-            tensors.into_iter().map(|view| (view.name, view)).collect();
-        let find = |name: &str| by_name.get(name).copied();
-        let weights = Weights::resolve(&config, &find, &mut by_name.keys().copied(), selection)?;
+        Self::in_space(config, tensors, Space::Weights(selection))
+    }
+
+    /// As [`Self::new`], with LoRA factors over some matrices, and these factors as the targets: A, then B, for each module that
+    /// `selection` picks by its path in the checkpoint, or for all.
+    ///
+    /// # Errors
+    /// [`WeightsError`] as for [`Self::new`], and when a module is over no matrix of the decoder or its factors do not fit.
+    pub fn with_adapter<I>(
+        config: Config,
+        tensors: I,
+        modules: Vec<AdapterModule<'c>>,
+        selection: Option<&TargetSelection>,
+    ) -> Result<Self, WeightsError>
+    where
+        I: IntoIterator<Item = TensorView<'c>>,
+    {
+        Self::in_space(config, tensors, Space::Adapter(modules, selection))
+    }
+
+    fn in_space<I>(config: Config, tensors: I, space: Space<'_, 'c>) -> Result<Self, WeightsError>
+    where
+        I: IntoIterator<Item = TensorView<'c>>,
+    {
+        let by_name = tensors.into_iter().map(|view| (view.name, view)).collect();
         Ok(Self {
-            config,
-            weights,
+            weights: Weights::resolve(&config, by_name, space)?,
             activations: Activations::default(),
-            rotations: Rotations::default(),
-            workspace: Workspace::default(),
+            workspace: Workspace {
+                rotations: vec![Rotations::default(); config.rotary.len()],
+                ..Workspace::default()
+            },
+            config,
         })
     }
 
@@ -122,14 +147,15 @@ impl<'c> Decoder<'c> {
     /// Bytes of activations and logits that a pack of `tokens` tokens needs at most, besides weights and gradients.
     pub fn activation_bytes(&self, tokens: usize) -> usize {
         let config = &self.config;
-        let blocks = config.num_hidden_layers;
-        let kept = match self.activations {
-            Activations::Keep => blocks,
-            Activations::Recompute => 1,
+        let of_block = |place| Saved::floats_per_token(config, place);
+        let blocks = config.blocks.iter().map(of_block);
+        let kept: usize = match self.activations {
+            Activations::Keep => blocks.sum(),
+            Activations::Recompute => blocks.max().unwrap_or(0),
         };
-        let scratch = 2 * config.heads().row() + 2 * config.hidden_size + config.intermediate_size;
-        let floats =
-            kept * Saved::floats_per_token(config) + (blocks + 2) * config.hidden_size + scratch;
+        let widest = config.blocks.iter().map(|place| place.width).max();
+        let scratch = 2 * config.heads().row() + 3 * config.hidden_size + widest.unwrap_or(0);
+        let floats = kept + (config.blocks.len() + 2) * config.hidden_size + scratch;
         4 * tokens * floats
     }
 
@@ -287,21 +313,18 @@ impl<'c> Decoder<'c> {
             config,
             weights,
             activations,
-            rotations,
             workspace,
-            ..
         } = self;
         let Workspace {
             matrices,
             inputs,
             saved,
             scratch,
-            positions,
+            rotations,
             ..
         } = workspace;
-        let tokens = tokens(config, pack, positions, rotations);
         let mut current = 0;
-        for (index, block) in weights.blocks.iter().enumerate() {
+        for (index, (block, place)) in weights.blocks.iter().zip(&config.blocks).enumerate() {
             matrices.load(block, values);
             let (next, slot) = match (pass, *activations) {
                 (Pass::Forward, _) => (1 - current, 0),
@@ -312,15 +335,11 @@ impl<'c> Decoder<'c> {
             Layer {
                 config,
                 block,
+                tokens: tokens(place, pack, rotations),
+                values,
                 matrices,
             }
-            .forward(
-                &inputs[current],
-                tokens,
-                &mut saved[slot],
-                scratch,
-                &mut out,
-            );
+            .forward(&inputs[current], &mut saved[slot], scratch, &mut out);
             inputs[next] = out;
             current = next;
         }
@@ -339,7 +358,6 @@ impl<'c> Decoder<'c> {
             config,
             weights,
             activations,
-            rotations,
             workspace,
         } = self;
         let Workspace {
@@ -347,25 +365,27 @@ impl<'c> Decoder<'c> {
             inputs,
             saved,
             scratch,
-            positions,
+            rotations,
             ..
         } = workspace;
-        let tokens = tokens(config, pack, positions, rotations);
         let Some(lowest) = weights.targets.iter().map(|target| target.block).min() else {
             return;
         };
-        for (index, block) in weights.blocks.iter().enumerate().skip(lowest).rev() {
+        let blocks = weights.blocks.iter().zip(&config.blocks).enumerate();
+        for (index, (block, place)) in blocks.skip(lowest).rev() {
             matrices.load(block, values);
-            let layer = Layer {
+            let mut layer = Layer {
                 config,
                 block,
+                tokens: tokens(place, pack, rotations),
+                values,
                 matrices,
             };
             let slot = match activations {
                 Activations::Keep => index,
                 Activations::Recompute => {
                     let mut out = std::mem::take(&mut inputs[index + 1]);
-                    layer.forward(&inputs[index], tokens, &mut saved[0], scratch, &mut out);
+                    layer.forward(&inputs[index], &mut saved[0], scratch, &mut out);
                     inputs[index + 1] = out;
                     0
                 }
@@ -375,24 +395,20 @@ impl<'c> Decoder<'c> {
             } else {
                 Below::Targets
             };
-            let gradients = Gradients {
-                d,
-                targets: gradient,
-            };
             layer.backward(
                 &inputs[index],
-                tokens,
                 &mut saved[slot],
                 below,
                 scratch,
-                gradients,
+                d,
+                gradient,
             );
         }
     }
 
-    /// Makes room, and the table of positions and rotations.
+    /// Makes room, and the tables of rotations.
     fn prepare(&mut self, pack: &Pack, pass: Pass) {
-        let blocks = self.config.num_hidden_layers;
+        let blocks = self.config.blocks.len();
         let (inputs, saved) = match (pass, self.activations) {
             (Pass::Forward, _) => (2, 1),
             (Pass::ForwardAndBackward, Activations::Recompute) => (blocks + 1, 1),
@@ -405,19 +421,8 @@ impl<'c> Decoder<'c> {
         if workspace.saved.len() < saved {
             workspace.saved.resize_with(saved, Saved::default);
         }
-        workspace.positions.clear();
-        workspace
-            .positions
-            .extend(pack.starts.windows(2).flat_map(|row| 0..row[1] - row[0]));
-        let longest = pack
-            .starts
-            .windows(2)
-            .map(|row| row[1] - row[0])
-            .max()
-            .unwrap_or(0);
-        if self.rotations.positions() < longest {
-            self.rotations =
-                Rotations::new(&self.config.frequencies, longest.next_multiple_of(128));
+        for (rotations, frequencies) in workspace.rotations.iter_mut().zip(&self.config.rotary) {
+            rotations.prepare(frequencies, &pack.starts);
         }
     }
 
@@ -436,8 +441,10 @@ impl<'c> Decoder<'c> {
         }
         let x = &mut self.workspace.inputs[0];
         x.resize(pack.tokens.len() * hidden, 0.0);
+        let factor = self.config.embedding_multiplier;
         for (row, &token) in x.chunks_exact_mut(hidden).zip(&pack.tokens) {
             widen(&self.weights.embedding, token as usize * hidden, row);
+            row.iter_mut().for_each(|x| *x *= factor);
         }
         Ok(())
     }
@@ -447,6 +454,7 @@ impl<'c> Decoder<'c> {
             norm: &self.weights.final_norm,
             epsilon: self.config.rms_norm_eps,
             matrix: &self.weights.head,
+            finish: self.config.logits,
         };
         (head, &mut self.workspace)
     }
@@ -459,18 +467,12 @@ enum Pass {
     ForwardAndBackward,
 }
 
-fn tokens<'a>(
-    config: &Config,
-    pack: &'a Pack,
-    positions: &'a [usize],
-    rotations: &'a Rotations,
-) -> Tokens<'a> {
+fn tokens<'a>(place: &BlockConfig, pack: &'a Pack, rotations: &'a [Rotations]) -> Tokens<'a> {
     Tokens {
         pattern: Pattern {
             starts: &pack.starts,
-            window: config.sliding_window,
+            window: place.window,
         },
-        positions,
-        rotations,
+        rotations: &rotations[place.rotary],
     }
 }

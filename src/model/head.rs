@@ -7,10 +7,11 @@
 use panacea_formats::TensorView;
 use rayon::prelude::*;
 
-use super::kernels::{dot, exp, max, norm, simd};
+use super::config::Logits;
+use super::kernels::{dot, exp, max, norm, simd, tanh};
+use super::linear::widen;
 use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
 use super::pack::{Pack, Prediction};
-use super::weights::widen;
 
 /// Bytes of logits that exist at once.
 pub const LOGITS_BYTES: usize = 24 << 20;
@@ -81,6 +82,8 @@ pub(crate) struct Head<'a> {
     pub(crate) epsilon: f32,
     /// vocab x hidden.
     pub(crate) matrix: &'a TensorView<'a>,
+    /// What follows the matrix.
+    pub(crate) finish: Logits,
 }
 
 /// Buffers that are kept between calls.
@@ -92,6 +95,8 @@ pub(crate) struct HeadScratch {
     d_normed: Vec<f32>,
     logits: Vec<f32>,
     reference_logits: Vec<f32>,
+    /// d logits / d (their value before the cap); empty without a cap.
+    slopes: Vec<f32>,
     tile: Vec<f32>,
     losses: Vec<f64>,
 }
@@ -122,6 +127,7 @@ impl Head<'_> {
             d_normed,
             logits,
             reference_logits,
+            slopes,
             tile,
             losses,
         } = scratch;
@@ -134,11 +140,18 @@ impl Head<'_> {
         for first in (0..predictions.len()).step_by(chunk) {
             let range = first..predictions.len().min(first + chunk);
             let elements = range.start * hidden..range.end * hidden;
+            let want_gradient = d.is_some();
             self.logits(&normed[elements.clone()], logits, tile);
             if let Objective::Divergence { reference } = objective {
                 self.logits(&reference[elements.clone()], reference_logits, tile);
             }
-            let want_gradient = d.is_some();
+            if let Some(cap) = self.finish.softcap.filter(|_| want_gradient) {
+                slopes.resize(logits.len(), 0.0);
+                slopes
+                    .par_chunks_exact_mut(vocab)
+                    .zip(logits.par_chunks_exact(vocab))
+                    .for_each(|(slopes, logits)| simd(|| slopes_of_cap(logits, cap, slopes)));
+            }
             let losses = &mut losses[range.clone()];
             match objective {
                 Objective::NextToken { cap } => (
@@ -163,6 +176,14 @@ impl Head<'_> {
                 }
             }
             if want_gradient {
+                if self.finish.softcap.is_some() {
+                    logits
+                        .par_chunks_exact_mut(vocab)
+                        .zip(slopes.par_chunks_exact(vocab))
+                        .for_each(|(d, slopes)| {
+                            d.iter_mut().zip(slopes).for_each(|(d, s)| *d *= s)
+                        });
+                }
                 self.back_to_hidden(logits, &mut d_normed[elements], tile);
             }
         }
@@ -220,7 +241,7 @@ impl Head<'_> {
         norm::forward(rows, self.norm, self.epsilon, normed, scales);
     }
 
-    /// `logits = normed matrix^T`, predictions x vocab.
+    /// `logits = finish(normed matrix^T)`, predictions x vocab.
     fn logits(self, normed: &[f32], logits: &mut Vec<f32>, tile: &mut Vec<f32>) {
         let (hidden, vocab) = (self.norm.len(), self.vocab());
         let n = normed.len() / hidden;
@@ -230,15 +251,20 @@ impl Head<'_> {
             matmul(
                 MatrixMut::strided(&mut logits[first..], n, rows, vocab),
                 Output::Overwrite,
-                1.0,
+                self.finish.scale,
                 Matrix::new(normed, n, hidden),
                 Matrix::new(tile, rows, hidden).t(),
                 Threads::All,
             );
         });
+        if let Some(cap) = self.finish.softcap {
+            logits
+                .par_chunks_exact_mut(vocab)
+                .for_each(|row| simd(|| row.iter_mut().for_each(|x| *x = cap * tanh(*x / cap))));
+        }
     }
 
-    /// `d_normed += d_logits matrix`.
+    /// `d_normed += scale d_logits matrix`, with `d_logits` with respect to what goes into the cap.
     fn back_to_hidden(self, d_logits: &[f32], d_normed: &mut [f32], tile: &mut Vec<f32>) {
         let (hidden, vocab) = (self.norm.len(), self.vocab());
         let n = d_normed.len() / hidden;
@@ -247,7 +273,7 @@ impl Head<'_> {
             matmul(
                 MatrixMut::new(d_normed, n, hidden),
                 Output::Add,
-                1.0,
+                self.finish.scale,
                 Matrix::strided(&d_logits[first..], n, rows, vocab),
                 Matrix::new(tile, rows, hidden),
                 Threads::All,
@@ -307,6 +333,15 @@ fn divergence(row: &mut [f32], reference: &mut [f32]) -> f64 {
         .chunks(1024)
         .map(|part| f64::from(part.iter().sum::<f32>()))
         .sum()
+}
+
+/// The derivative 1 - (logit / cap)^2 of c tanh(x / c), from its value.
+#[inline(always)]
+fn slopes_of_cap(logits: &[f32], cap: f32, slopes: &mut [f32]) {
+    for (slope, logit) in slopes.iter_mut().zip(logits) {
+        let t = logit / cap;
+        *slope = 1.0 - t * t;
+    }
 }
 
 /// Replaces `row` with e^(x - top); returns top and the sum.

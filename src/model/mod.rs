@@ -1,5 +1,8 @@
 //! The differentiable decoder: `config.json` and named tensors in, losses and gradients of the target matrices out.
 //!
+//! One decoder computes every family: a family is a row of a table in `family.rs`, which [`Config`] resolves together with what
+//! `config.json` says. [`MODEL_TYPES`] lists them.
+//!
 //! Explicit backpropagation in the spirit of llm.c: each layer is a forward and a backward written by hand, with no tape
 //! between them. It runs on plain f32 slices and the `gemm` crate, candle's own matrix product, instead of candle's
 //! tensors: candle 0.11 computes a weight gradient for every frozen matrix, gives each intermediate result fresh pages, and
@@ -10,21 +13,25 @@ mod adapter;
 mod block;
 mod config;
 mod decoder;
+mod family;
 mod frequencies;
 mod head;
 mod kernels;
+mod linear;
 pub(crate) mod matmul;
+mod mixture;
 mod pack;
+mod settings;
 mod targets;
 mod tensors;
 mod weights;
 
 pub use adapter::AdapterModule;
-pub use config::{Config, ConfigError, MODEL_TYPES};
+pub use config::{Config, ConfigError};
 pub use decoder::{Activations, Decoder, PackError};
-pub use frequencies::Frequencies;
+pub use family::MODEL_TYPES;
 pub use head::{LOGITS_BYTES, LossSum};
 pub use pack::{EncodedRow, Pack, Prediction};
-pub use targets::{Projection, SelectionError, Target, TargetSelection};
+pub use targets::{SelectionError, Target, TargetSelection, place_of_module};
 pub use tensors::TargetTensors;
-pub use weights::WeightsError;
+pub use weights::{WeightsError, decoder_prefix};

@@ -1,58 +1,13 @@
 //! Which weight matrices a perturbation may touch.
 //!
 //! In: what the user asked for, as module names or a regular expression. Out: the list of [`Target`]s in a fixed order
-//! (block by block, then by [`Projection`]), which every [`super::TargetTensors`] follows.
+//! ([`place_of_module`]), which every [`super::TargetTensors`] follows.
 
 use std::fmt;
 use std::str::FromStr;
 
 use regex::Regex;
 use thiserror::Error;
-
-/// The weight matrices of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Projection {
-    /// `self_attn.q_proj`
-    Query,
-    /// `self_attn.k_proj`
-    Key,
-    /// `self_attn.v_proj`
-    Value,
-    /// `self_attn.o_proj`
-    Output,
-    /// `mlp.gate_proj`
-    Gate,
-    /// `mlp.up_proj`
-    Up,
-    /// `mlp.down_proj`
-    Down,
-}
-
-impl Projection {
-    /// All of them, in the order of [`Target`]s.
-    pub const ALL: [Self; 7] = [
-        Self::Query,
-        Self::Key,
-        Self::Value,
-        Self::Output,
-        Self::Gate,
-        Self::Up,
-        Self::Down,
-    ];
-
-    /// The module's path inside its block.
-    pub fn module(self) -> &'static str {
-        match self {
-            Self::Query => "self_attn.q_proj",
-            Self::Key => "self_attn.k_proj",
-            Self::Value => "self_attn.v_proj",
-            Self::Output => "self_attn.o_proj",
-            Self::Gate => "mlp.gate_proj",
-            Self::Up => "mlp.up_proj",
-            Self::Down => "mlp.down_proj",
-        }
-    }
-}
 
 /// A weight matrix that is optimized.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,9 +19,35 @@ pub struct Target {
     pub shape: [usize; 2],
     /// Index of the block it belongs to.
     pub block: usize,
-    /// Its role there.
-    pub projection: Projection,
 }
+
+/// Where the module at `path` stands in the order of all targets: block by block; in a block those that all tokens pass before those
+/// of experts, one expert after the other; there in the order of the computation; and by name what is called otherwise.
+pub fn place_of_module(path: &str) -> (Option<usize>, Option<usize>, usize, &str) {
+    let number = |part: &str| part.parse::<usize>().ok();
+    let block = path.split('.').find_map(number);
+    let expert = path.split('.').skip_while(|part| *part != "experts").nth(1);
+    let last = path.rsplit('.').next().unwrap_or(path);
+    let rank = MODULES.iter().position(|module| *module == last);
+    let rank = rank.unwrap_or(MODULES.len());
+    (block, expert.and_then(number), rank, path)
+}
+
+/// What the matrices of a block are called, in the order of the computation.
+const MODULES: [&str; 12] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "w1",
+    "up_proj",
+    "w3",
+    "gate_up_proj",
+    "down_proj",
+    "w2",
+];
 
 /// What the user asked for: names of modules, or one regular expression, as in PEFT's `target_modules`.
 #[derive(Clone, Debug)]
@@ -97,9 +78,9 @@ impl TargetSelection {
 }
 
 impl Default for TargetSelection {
-    /// `q_proj,k_proj,v_proj`, the paper's.
+    /// `q_proj,k_proj,v_proj,qkv_proj`: the paper's, and what some models have in place of them.
     fn default() -> Self {
-        let names = ["q_proj", "k_proj", "v_proj"];
+        let names = ["q_proj", "k_proj", "v_proj", "qkv_proj"];
         Self {
             text: names.join(","),
             rule: Rule::Names(names.map(str::to_owned).into()),
@@ -171,6 +152,20 @@ mod tests {
             r"model\.layers\.(1|2)\..*_proj".parse().expect("a pattern");
         assert!(selection.selects("model.layers.2.mlp.down_proj"));
         assert!(!selection.selects("model.layers.12.mlp.down_proj"));
+    }
+
+    #[test]
+    fn modules_are_ordered_by_block_expert_and_computation() {
+        let ordered = [
+            "model.layers.2.self_attn.q_proj",
+            "model.layers.2.self_attn.v_proj",
+            "model.layers.2.mlp.down_proj",
+            "model.layers.2.mlp.gate",
+            "model.layers.2.mlp.experts.2.down_proj",
+            "model.layers.2.mlp.experts.10.gate_proj",
+            "model.layers.10.self_attn.k_proj",
+        ];
+        assert!(ordered.is_sorted_by_key(|path| place_of_module(path)));
     }
 
     #[test]

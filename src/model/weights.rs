@@ -4,17 +4,19 @@
 //! memory map) and are widened to f32 block by block into one reused buffer, so memory holds one block's f32 weights,
 //! not the model's; norms and biases, a few kilobytes, are widened once.
 
+use std::collections::{HashMap, HashSet};
+
 use panacea_formats::Dtype;
 use panacea_formats::TensorView;
 use rayon::prelude::*;
 use thiserror::Error;
 
-use super::config::Config;
-use super::targets::{Projection, Target, TargetSelection};
+use super::adapter::AdapterModule;
+use super::config::{BlockConfig, Config, Experts};
+use super::family::{HeadNormSpan, NormPlacement};
+use super::linear::{Factor, Linear, Lora, Part, Role, widen};
+use super::targets::{Target, TargetSelection, place_of_module};
 use super::tensors::TargetTensors;
-
-/// Elements widened by one task.
-const CHUNK: usize = 1 << 16;
 
 /// The tensors of a decoder.
 #[derive(Debug)]
@@ -27,38 +29,97 @@ pub(crate) struct Weights<'c> {
     pub(crate) final_norm: Vec<f32>,
     pub(crate) blocks: Vec<Block<'c>>,
     pub(crate) targets: Vec<Target>,
+    /// The stored tensor of each target.
+    stored: Vec<TensorView<'c>>,
 }
 
-/// The tensors of one block.
+/// The tensors of one block. The weights of norms are as they are multiplied with, offsets and factors included.
 #[derive(Debug)]
 pub(crate) struct Block<'c> {
-    /// One matrix for each of [`Projection::ALL`], outputs x inputs.
-    matrices: [TensorView<'c>; 7],
-    /// The index of each matrix among the targets, where it is one.
-    pub(crate) targets: [Option<usize>; 7],
-    /// Bias of the joined query, key and value projection; empty without.
-    pub(crate) qkv_bias: Vec<f32>,
-    /// Bias of the output projection; empty without.
-    pub(crate) output_bias: Vec<f32>,
-    /// Bias of the joined gate and up projection; empty without.
-    pub(crate) gate_up_bias: Vec<f32>,
-    /// Bias of the down projection; empty without.
-    pub(crate) down_bias: Vec<f32>,
-    pub(crate) input_norm: Vec<f32>,
-    pub(crate) post_attention_norm: Vec<f32>,
+    /// Query, key and value projection.
+    pub(crate) qkv: Linear<'c>,
+    /// Output projection.
+    pub(crate) output: Linear<'c>,
+    pub(crate) feed_forward: FeedForward<'c>,
+    /// Before attention.
+    pub(crate) attention_in: Option<Vec<f32>>,
+    /// Of query and key heads.
+    pub(crate) head_norm: Option<[Vec<f32>; 2]>,
+    /// After attention.
+    pub(crate) attention_out: Option<Vec<f32>>,
+    /// Before the feed-forward layer.
+    pub(crate) feed_forward_in: Option<Vec<f32>>,
+    /// After the feed-forward layer.
+    pub(crate) feed_forward_out: Option<Vec<f32>>,
 }
 
-impl Block<'_> {
-    /// The target index of `projection`, if it is one.
-    pub(crate) fn target(&self, projection: Projection) -> Option<usize> {
-        self.targets[projection as usize]
+/// The feed-forward layer of a block.
+#[derive(Debug)]
+pub(crate) enum FeedForward<'c> {
+    /// One for all tokens.
+    Dense(GatedLinear<'c>),
+    /// Several, of which each token passes some.
+    Mixture {
+        /// Experts x hidden.
+        router: TensorView<'c>,
+        experts: Vec<GatedLinear<'c>>,
+    },
+}
+
+/// down(act(gate(x)) * up(x)).
+#[derive(Debug)]
+pub(crate) struct GatedLinear<'c> {
+    /// Gate rows, then up rows.
+    pub(crate) gate_up: Linear<'c>,
+    pub(crate) down: Linear<'c>,
+}
+
+impl<'c> Block<'c> {
+    /// All layers.
+    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<'c>> {
+        let gated: &mut [GatedLinear<'c>] = match &mut self.feed_forward {
+            FeedForward::Dense(gated) => std::slice::from_mut(gated),
+            FeedForward::Mixture { experts, .. } => experts,
+        };
+        let gated = gated
+            .iter_mut()
+            .flat_map(|gated| [&mut gated.gate_up, &mut gated.down]);
+        [&mut self.qkv, &mut self.output].into_iter().chain(gated)
     }
+}
+
+impl FeedForward<'_> {
+    /// Whether any of it is optimized.
+    pub(crate) fn has_targets(&self) -> bool {
+        let any = |gated: &GatedLinear<'_>| gated.gate_up.has_targets() || gated.down.has_targets();
+        match self {
+            Self::Dense(gated) => any(gated),
+            Self::Mixture { experts, .. } => experts.iter().any(any),
+        }
+    }
+}
+
+/// What of a model is optimized.
+#[derive(Debug)]
+pub(crate) enum Space<'s, 'c> {
+    /// The matrices that are selected.
+    Weights(&'s TargetSelection),
+    /// The factors of an adapter: over the matrices that are selected, or all.
+    Adapter(Vec<AdapterModule<'c>>, Option<&'s TargetSelection>),
 }
 
 /// Why a checkpoint's tensors do not make the decoder that its config describes.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WeightsError {
+    /// An adapter is over something that this decoder does not compute with.
+    #[error("the adapter is over `{path}`, which is no projection of a `{model_type}` block")]
+    Adapter {
+        /// The module.
+        path: String,
+        /// The family.
+        model_type: &'static str,
+    },
     /// A tensor is missing.
     #[error("tensor `{name}` is missing")]
     Missing {
@@ -89,7 +150,7 @@ pub enum WeightsError {
         /// Its name.
         name: String,
         /// The family.
-        model_type: String,
+        model_type: &'static str,
     },
     /// The selection of targets matches no matrix.
     #[error(
@@ -111,69 +172,73 @@ pub enum WeightsError {
     },
 }
 
+/// What the names of the text decoder's tensors begin with, given whether a tensor of some name exists. In a model with several
+/// towers, tensors without this beginning belong to the others.
+pub fn decoder_prefix(exists: impl Fn(&str) -> bool) -> Option<&'static str> {
+    let prefixes = PREFIXES.iter().map(|(prefix, _)| *prefix);
+    prefixes
+        .into_iter()
+        .find(|prefix| exists(&format!("{prefix}embed_tokens.weight")))
+}
+
+/// Beginnings of the decoder's names, with the name of the output matrix beside them.
+const PREFIXES: [(&str, &str); 4] = [
+    ("model.", "lm_head.weight"),
+    ("model.language_model.", "lm_head.weight"),
+    ("language_model.model.", "language_model.lm_head.weight"),
+    ("", "lm_head.weight"),
+];
+
 impl<'c> Weights<'c> {
-    /// Finds every tensor that `config` asks for through `find`, and the targets that `selection` names among the matrices.
+    /// Finds every tensor that `config` asks for among `tensors`, and what `space` names.
     pub(crate) fn resolve(
         config: &Config,
-        find: &dyn Fn(&str) -> Option<TensorView<'c>>,
-        names: &mut dyn Iterator<Item = &str>,
-        selection: &TargetSelection,
+        tensors: HashMap<&str, TensorView<'c>>,
+        space: Space<'_, 'c>,
     ) -> Result<Self, WeightsError> {
-        let tensors = Tensors { find };
-        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let embedding = tensors.matrix("model.embed_tokens.weight", [vocab, hidden])?;
-        let head = if config.tie_word_embeddings {
-            embedding
-        } else {
-            tensors.matrix("lm_head.weight", [vocab, hidden])?
+        let prefix = decoder_prefix(|name| tensors.contains_key(name)).unwrap_or("model.");
+        let head_name = PREFIXES
+            .iter()
+            .find(|(known, _)| *known == prefix)
+            .map_or("lm_head.weight", |(_, head)| head);
+        let mut finder = Finder {
+            config,
+            tensors,
+            prefix,
+            used: HashSet::new(),
         };
-        let mut targets = Vec::new();
-        let mut used = Vec::new();
-        let blocks = (0..config.num_hidden_layers)
-            .map(|index| tensors.block(config, index, selection, &mut targets, &mut used))
+        let shape = [config.vocab_size, config.hidden_size];
+        let embedding = finder.matrix(format!("{prefix}embed_tokens.weight"), shape)?;
+        let head = match config.tie_word_embeddings {
+            true => embedding,
+            false => finder.matrix(head_name.to_owned(), shape)?,
+        };
+        let final_norm = finder.norm(format!("{prefix}norm"), config.hidden_size)?;
+        let blocks = (0..config.blocks.len())
+            .map(|index| finder.block(index))
             .collect::<Result<Vec<_>, _>>()?;
-        used.sort_unstable();
-        for name in names {
-            let in_block = name.strip_prefix("model.layers.").is_some();
-            let computed = name.ends_with(".rotary_emb.inv_freq");
-            if in_block
-                && !computed
-                && used
-                    .binary_search_by(|known| known.as_str().cmp(name))
-                    .is_err()
-            {
-                return Err(WeightsError::Unused {
-                    name: name.to_owned(),
-                    model_type: config.model_type.clone(),
-                });
-            }
-        }
-        if targets.is_empty() {
-            return Err(WeightsError::NoTarget {
-                selection: selection.to_string(),
-                candidates: config.num_hidden_layers * Projection::ALL.len(),
-                example: module_path(0, Projection::Query),
-            });
-        }
-        Ok(Self {
+        finder.refuse_unused()?;
+        let mut weights = Self {
             embedding,
             head,
-            final_norm: tensors.vector("model.norm.weight", hidden)?,
+            final_norm,
             blocks,
-            targets,
-        })
+            targets: Vec::new(),
+            stored: Vec::new(),
+        };
+        match space {
+            Space::Weights(selection) => weights.select(selection)?,
+            Space::Adapter(modules, selection) => weights.adapt(config, modules, selection)?,
+        }
+        Ok(weights)
     }
 
     /// The stored values of the targets.
     pub(crate) fn target_values(&self) -> Result<TargetTensors, WeightsError> {
         let mut values = Vec::with_capacity(self.targets.len());
-        for target in &self.targets {
-            let mut tensor = vec![0.0; target.shape[0] * target.shape[1]];
-            widen(
-                &self.blocks[target.block].matrices[target.projection as usize],
-                0,
-                &mut tensor,
-            );
+        for (target, view) in self.targets.iter().zip(&self.stored) {
+            let mut tensor = vec![0.0; view.elements()];
+            widen(view, 0, &mut tensor);
             if !tensor.par_iter().all(|x| x.is_finite()) {
                 return Err(WeightsError::NotFinite {
                     name: target.name.clone(),
@@ -183,185 +248,385 @@ impl<'c> Weights<'c> {
         }
         Ok(TargetTensors::new(values))
     }
+
+    /// Makes the selected matrices targets.
+    fn select(&mut self, selection: &TargetSelection) -> Result<(), WeightsError> {
+        self.for_each_part(|weights, block, part, inputs| {
+            if selection.selects(&part.path) {
+                let name = format!("{}.weight", part.path);
+                let shape = [part.view.elements() / inputs, inputs];
+                part.role = Role::Target(weights.add_target(name, shape, block, part.view));
+            }
+            Ok(())
+        })?;
+        self.check_selection(selection)
+    }
+
+    /// Puts factors over the matrices that have some, and makes those over selected ones targets.
+    fn adapt(
+        &mut self,
+        config: &Config,
+        modules: Vec<AdapterModule<'c>>,
+        selection: Option<&TargetSelection>,
+    ) -> Result<(), WeightsError> {
+        let mut modules: HashMap<String, AdapterModule<'c>> = modules
+            .into_iter()
+            .map(|module| (module.path.clone(), module))
+            .collect();
+        self.for_each_part(|weights, block, part, inputs| {
+            let Some(module) = modules.remove(&part.path) else {
+                return Ok(());
+            };
+            let outputs = part.view.elements() / inputs;
+            let rank = module.a.shape.first().copied().unwrap_or(0);
+            let selected = selection.is_none_or(|selection| selection.selects(&part.path));
+            let mut factor = |view: TensorView<'c>, shape: [usize; 2]| {
+                check(&view, &shape)?;
+                if selected {
+                    let name = view.name.to_owned();
+                    let index = weights.add_target(name, shape, block, view);
+                    return Ok(Factor::Target(index));
+                }
+                let mut values = vec![0.0; view.elements()];
+                widen(&view, 0, &mut values);
+                Ok(Factor::Frozen(values))
+            };
+            part.role = Role::Adapted(Lora {
+                rank,
+                scale: module.scale,
+                a: factor(module.a, [rank, inputs])?,
+                b: factor(module.b, [outputs, rank])?,
+            });
+            Ok(())
+        })?;
+        // The first by name, so that the message does not depend on a map's order.
+        if let Some(path) = modules.into_keys().min() {
+            return Err(WeightsError::Adapter {
+                path,
+                model_type: config.model_type,
+            });
+        }
+        match selection {
+            Some(selection) => self.check_selection(selection),
+            None => Ok(()),
+        }
+    }
+
+    /// Calls `work` with every matrix, its block and its inputs, in the order of targets.
+    fn for_each_part(
+        &mut self,
+        mut work: impl FnMut(&mut Self, usize, &mut Part<'c>, usize) -> Result<(), WeightsError>,
+    ) -> Result<(), WeightsError> {
+        let mut blocks = std::mem::take(&mut self.blocks);
+        for (index, block) in blocks.iter_mut().enumerate() {
+            let mut parts: Vec<(usize, &mut Part<'c>)> = block
+                .linears_mut()
+                .flat_map(|linear| {
+                    let inputs = linear.inputs;
+                    linear.parts.iter_mut().map(move |part| (inputs, part))
+                })
+                .collect();
+            parts.sort_by(|(_, a), (_, b)| place_of_module(&a.path).cmp(&place_of_module(&b.path)));
+            for (inputs, part) in parts {
+                work(self, index, part, inputs)?;
+            }
+        }
+        self.blocks = blocks;
+        Ok(())
+    }
+
+    fn add_target(
+        &mut self,
+        name: String,
+        shape: [usize; 2],
+        block: usize,
+        view: TensorView<'c>,
+    ) -> usize {
+        self.targets.push(Target { name, shape, block });
+        self.stored.push(view);
+        self.targets.len() - 1
+    }
+
+    fn check_selection(&self, selection: &TargetSelection) -> Result<(), WeightsError> {
+        if !self.targets.is_empty() {
+            return Ok(());
+        }
+        let linears = |block: &Block<'_>| match &block.feed_forward {
+            FeedForward::Dense(gated) => gated.gate_up.parts.len() + 1,
+            FeedForward::Mixture { experts, .. } => 3 * experts.len(),
+        };
+        let of_block = |block: &Block<'_>| linears(block) + block.qkv.parts.len() + 1;
+        Err(WeightsError::NoTarget {
+            selection: selection.to_string(),
+            candidates: self.blocks.iter().map(of_block).sum(),
+            example: self
+                .blocks
+                .first()
+                .and_then(|block| block.qkv.parts.first())
+                .map(|part| part.path.clone())
+                .unwrap_or_default(),
+        })
+    }
 }
 
-/// The f32 matrices of one block: outputs x inputs each, with those that read the same input joined.
+/// The f32 matrices of one block, and of one expert at a time: outputs x inputs each.
 #[derive(Debug, Default)]
 pub(crate) struct BlockMatrices {
-    /// Query, key and value rows.
     pub(crate) qkv: Vec<f32>,
-    /// Output projection.
     pub(crate) output: Vec<f32>,
-    /// Gate rows, then up rows.
     pub(crate) gate_up: Vec<f32>,
-    /// Down projection.
     pub(crate) down: Vec<f32>,
+    pub(crate) router: Vec<f32>,
 }
 
 impl BlockMatrices {
-    /// Widens `block`'s matrices, taking those that are targets from `values`.
+    /// Widens `block`'s matrices, but those of experts, with the targets at `values`.
     pub(crate) fn load(&mut self, block: &Block<'_>, values: &TargetTensors) {
-        use Projection::{Down, Gate, Key, Output, Query, Up, Value};
-        let joined: [(&mut Vec<f32>, &[Projection]); 4] = [
-            (&mut self.qkv, &[Query, Key, Value]),
-            (&mut self.output, &[Output]),
-            (&mut self.gate_up, &[Gate, Up]),
-            (&mut self.down, &[Down]),
-        ];
-        for (buffer, projections) in joined {
-            let sizes = projections
-                .iter()
-                .map(|&p| block.matrices[p as usize].elements());
-            buffer.resize(sizes.sum(), 0.0);
-            let mut rest = buffer.as_mut_slice();
-            for &projection in projections {
-                let matrix = &block.matrices[projection as usize];
-                let (part, left) = rest.split_at_mut(matrix.elements());
-                match block.target(projection) {
-                    Some(index) => copy(values.tensor(index), part),
-                    None => widen(matrix, 0, part),
-                }
-                rest = left;
+        block.qkv.load(values, &mut self.qkv);
+        block.output.load(values, &mut self.output);
+        match &block.feed_forward {
+            FeedForward::Dense(gated) => self.load_gated(gated, values),
+            FeedForward::Mixture { router, .. } => {
+                self.router.resize(router.elements(), 0.0);
+                widen(router, 0, &mut self.router);
             }
         }
     }
-}
 
-/// Widens the elements of `view` from number `first` on into `out`, in parallel.
-pub(crate) fn widen(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
-    out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
-        let start = first + i * CHUNK;
-        view.widen_into(start..start + out.len(), out)
-            .expect("dtype and shape were checked when the weights were resolved");
-    });
-}
-
-fn copy(from: &[f32], to: &mut [f32]) {
-    to.par_chunks_mut(CHUNK)
-        .zip(from.par_chunks(CHUNK))
-        .for_each(|(to, from)| to.copy_from_slice(from));
-}
-
-fn module_path(block: usize, projection: Projection) -> String {
-    format!("model.layers.{block}.{}", projection.module())
+    /// Widens the matrices of one feed-forward layer.
+    pub(crate) fn load_gated(&mut self, gated: &GatedLinear<'_>, values: &TargetTensors) {
+        gated.gate_up.load(values, &mut self.gate_up);
+        gated.down.load(values, &mut self.down);
+    }
 }
 
 /// Access to named tensors with the checks that each needs.
-struct Tensors<'f, 'c> {
-    find: &'f dyn Fn(&str) -> Option<TensorView<'c>>,
+struct Finder<'f, 't, 'c> {
+    config: &'f Config,
+    tensors: HashMap<&'t str, TensorView<'c>>,
+    prefix: &'static str,
+    used: HashSet<String>,
 }
 
-impl<'c> Tensors<'_, 'c> {
-    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<TensorView<'c>, WeightsError> {
+impl<'c> Finder<'_, '_, 'c> {
+    fn matrix(&mut self, name: String, shape: [usize; 2]) -> Result<TensorView<'c>, WeightsError> {
         self.checked(name, &shape)
     }
 
-    fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, WeightsError> {
+    fn vector(&mut self, name: String, length: usize) -> Result<Vec<f32>, WeightsError> {
         let view = self.checked(name, &[length])?;
         let mut values = vec![0.0; length];
         widen(&view, 0, &mut values);
         Ok(values)
     }
 
-    fn checked(&self, name: &str, shape: &[usize]) -> Result<TensorView<'c>, WeightsError> {
-        let name = name.to_owned();
-        let Some(view) = (self.find)(&name) else {
+    /// The weight of a norm, with the family's offset.
+    fn norm(&mut self, module: String, width: usize) -> Result<Vec<f32>, WeightsError> {
+        let mut weight = self.vector(format!("{module}.weight"), width)?;
+        let offset = self.config.norm_offset;
+        weight.iter_mut().for_each(|w| *w += offset);
+        Ok(weight)
+    }
+
+    fn checked(&mut self, name: String, shape: &[usize]) -> Result<TensorView<'c>, WeightsError> {
+        let Some(view) = self.tensors.get(name.as_str()).copied() else {
             return Err(WeightsError::Missing { name });
         };
-        if view.shape != shape {
-            return Err(WeightsError::Shape {
-                name,
-                found: view.shape.to_vec(),
-                wanted: shape.to_vec(),
-            });
-        }
-        if !view.dtype.is_patchable() {
-            return Err(WeightsError::Dtype {
-                name,
-                found: view.dtype,
-            });
-        }
+        check(&view, shape)?;
+        self.used.insert(name);
         Ok(view)
     }
 
-    fn block(
-        &self,
-        config: &Config,
-        index: usize,
-        selection: &TargetSelection,
-        targets: &mut Vec<Target>,
-        used: &mut Vec<String>,
-    ) -> Result<Block<'c>, WeightsError> {
-        let mut block_targets = [None; 7];
-        let mut find = |projection: Projection| {
-            let path = module_path(index, projection);
-            let name = format!("{path}.weight");
-            let shape = shape_of(config, projection);
-            let view = self.matrix(&name, shape)?;
-            if selection.selects(&path) {
-                block_targets[projection as usize] = Some(targets.len());
-                targets.push(Target {
-                    name: name.clone(),
-                    shape,
-                    block: index,
-                    projection,
-                });
-            }
-            used.push(name);
-            Ok(view)
+    /// Refuses a tensor inside of a block that nobody asked for; the first by name.
+    fn refuse_unused(&self) -> Result<(), WeightsError> {
+        let blocks = format!("{}layers.", self.prefix);
+        // Older checkpoints hold the rotary frequencies, which are computed from the config.
+        let computed = |name: &str| name.ends_with(".rotary_emb.inv_freq");
+        let unused = self.tensors.keys().filter(|name| {
+            name.starts_with(&blocks) && !computed(name) && !self.used.contains(**name)
+        });
+        match unused.min() {
+            Some(name) => Err(WeightsError::Unused {
+                name: (*name).to_owned(),
+                model_type: self.config.model_type,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// A layer of the modules at `paths` of so many outputs each, with a bias for each or for none.
+    fn linear(
+        &mut self,
+        paths: &[(String, usize)],
+        inputs: usize,
+        has_bias: bool,
+    ) -> Result<Linear<'c>, WeightsError> {
+        let mut linear = Linear {
+            inputs,
+            outputs: 0,
+            parts: Vec::with_capacity(paths.len()),
+            bias: Vec::new(),
         };
-        let [q, k, v, o, gate, up, down] = Projection::ALL;
-        let matrices = [
-            find(q)?,
-            find(k)?,
-            find(v)?,
-            find(o)?,
-            find(gate)?,
-            find(up)?,
-            find(down)?,
+        for (path, outputs) in paths {
+            linear.outputs += outputs;
+            linear.parts.push(Part {
+                path: path.clone(),
+                view: self.matrix(format!("{path}.weight"), [*outputs, inputs])?,
+                role: Role::Frozen,
+            });
+            if has_bias {
+                let bias = self.vector(format!("{path}.bias"), *outputs)?;
+                linear.bias.extend(bias);
+            }
+        }
+        Ok(linear)
+    }
+
+    fn block(&mut self, index: usize) -> Result<Block<'c>, WeightsError> {
+        let config = self.config;
+        let at = |module: &str| format!("{}layers.{index}.{module}", self.prefix);
+        let (hidden, dim) = (config.hidden_size, config.head_dim);
+        let queries = config.num_attention_heads * dim;
+        let keys = config.num_key_value_heads * dim;
+        let qkv = match config.fused {
+            true => vec![(at("self_attn.qkv_proj"), queries + 2 * keys)],
+            false => vec![
+                (at("self_attn.q_proj"), queries),
+                (at("self_attn.k_proj"), keys),
+                (at("self_attn.v_proj"), keys),
+            ],
+        };
+        let output = [(at("self_attn.o_proj"), hidden)];
+        let (attention_in, attention_out, feed_forward_in, feed_forward_out) = match config.norms {
+            NormPlacement::Before => (
+                Some("input_layernorm"),
+                None,
+                Some("post_attention_layernorm"),
+                None,
+            ),
+            NormPlacement::Around => (
+                Some("input_layernorm"),
+                Some("post_attention_layernorm"),
+                Some("pre_feedforward_layernorm"),
+                Some("post_feedforward_layernorm"),
+            ),
+            NormPlacement::After => (
+                None,
+                Some("post_attention_layernorm"),
+                None,
+                Some("post_feedforward_layernorm"),
+            ),
+        };
+        let mut norm = |module: Option<&str>, factor: f32| {
+            let weight =
+                module.map(|module| self.norm(at_block(self.prefix, index, module), hidden));
+            let weight = weight.transpose()?;
+            Ok(weight.map(|weight| weight.into_iter().map(|w| w * factor).collect()))
+        };
+        let factor = config.residual_multiplier;
+        let norms = [
+            norm(attention_in, 1.0)?,
+            norm(attention_out, factor)?,
+            norm(feed_forward_in, 1.0)?,
+            norm(feed_forward_out, factor)?,
         ];
-        let mut bias = |projections: &[Projection], present: bool| {
-            let mut joined = Vec::new();
-            for &projection in projections.iter().filter(|_| present) {
-                let name = format!("{}.bias", module_path(index, projection));
-                joined.extend(self.vector(&name, shape_of(config, projection)[0])?);
-                used.push(name);
+        let [
+            attention_in,
+            attention_out,
+            feed_forward_in,
+            feed_forward_out,
+        ] = norms;
+        let head_norm = match config.head_norm {
+            None => None,
+            Some(span) => {
+                let (of_query, of_key) = match span {
+                    HeadNormSpan::Head => (dim, dim),
+                    HeadNormSpan::Token => (queries, keys),
+                };
+                let query = at_block(self.prefix, index, "self_attn.q_norm");
+                let key = at_block(self.prefix, index, "self_attn.k_norm");
+                Some([self.norm(query, of_query)?, self.norm(key, of_key)?])
             }
-            Ok(joined)
         };
-        let qkv_bias = bias(&[q, k, v], config.attention_bias)?;
-        let output_bias = bias(&[o], config.attention_bias)?;
-        let gate_up_bias = bias(&[gate, up], config.mlp_bias)?;
-        let down_bias = bias(&[down], config.mlp_bias)?;
-        let mut norm = |module: &str| {
-            let name = format!("model.layers.{index}.{module}.weight");
-            let values = self.vector(&name, config.hidden_size);
-            used.push(name);
-            values
-        };
+        let block = &config.blocks[index];
         Ok(Block {
-            matrices,
-            targets: block_targets,
-            qkv_bias,
-            output_bias,
-            gate_up_bias,
-            down_bias,
-            input_norm: norm("input_layernorm")?,
-            post_attention_norm: norm("post_attention_layernorm")?,
+            qkv: self.linear(&qkv, hidden, config.qkv_bias)?,
+            output: self.linear(&output, queries, config.output_bias)?,
+            feed_forward: match config.experts.filter(|_| block.is_mixture) {
+                None => FeedForward::Dense(self.dense(index, block)?),
+                Some(experts) => self.mixture(index, block, experts)?,
+            },
+            attention_in,
+            head_norm,
+            attention_out,
+            feed_forward_in,
+            feed_forward_out,
         })
+    }
+
+    fn dense(
+        &mut self,
+        index: usize,
+        block: &BlockConfig,
+    ) -> Result<GatedLinear<'c>, WeightsError> {
+        let config = self.config;
+        let at = |module: &str| at_block(self.prefix, index, module);
+        let gate_up = match config.fused {
+            true => vec![(at("mlp.gate_up_proj"), 2 * block.width)],
+            false => vec![
+                (at("mlp.gate_proj"), block.width),
+                (at("mlp.up_proj"), block.width),
+            ],
+        };
+        let down = [(at("mlp.down_proj"), config.hidden_size)];
+        Ok(GatedLinear {
+            gate_up: self.linear(&gate_up, config.hidden_size, config.mlp_bias)?,
+            down: self.linear(&down, block.width, config.mlp_bias)?,
+        })
+    }
+
+    fn mixture(
+        &mut self,
+        index: usize,
+        block: &BlockConfig,
+        experts: Experts,
+    ) -> Result<FeedForward<'c>, WeightsError> {
+        let hidden = self.config.hidden_size;
+        let module = at_block(self.prefix, index, experts.names.module);
+        let [gate, up, down] = experts.names.matrices;
+        let router = self.matrix(format!("{module}.gate.weight"), [experts.count, hidden])?;
+        let experts = (0..experts.count)
+            .map(|expert| {
+                let at = |matrix: &str| format!("{module}.experts.{expert}.{matrix}");
+                let gate_up = [(at(gate), block.width), (at(up), block.width)];
+                Ok(GatedLinear {
+                    gate_up: self.linear(&gate_up, hidden, false)?,
+                    down: self.linear(&[(at(down), hidden)], block.width, false)?,
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(FeedForward::Mixture { router, experts })
     }
 }
 
-/// Outputs and inputs of a projection.
-fn shape_of(config: &Config, projection: Projection) -> [usize; 2] {
-    let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
-    let queries = config.num_attention_heads * config.head_dim;
-    let keys = config.num_key_value_heads * config.head_dim;
-    match projection {
-        Projection::Query => [queries, hidden],
-        Projection::Key | Projection::Value => [keys, hidden],
-        Projection::Output => [hidden, queries],
-        Projection::Gate | Projection::Up => [intermediate, hidden],
-        Projection::Down => [hidden, intermediate],
+fn at_block(prefix: &str, index: usize, module: &str) -> String {
+    format!("{prefix}layers.{index}.{module}")
+}
+
+fn check(view: &TensorView<'_>, shape: &[usize]) -> Result<(), WeightsError> {
+    let name = || view.name.to_owned();
+    if view.shape != shape {
+        return Err(WeightsError::Shape {
+            name: name(),
+            found: view.shape.to_vec(),
+            wanted: shape.to_vec(),
+        });
     }
+    if !view.dtype.is_patchable() {
+        return Err(WeightsError::Dtype {
+            name: name(),
+            found: view.dtype,
+        });
+    }
+    Ok(())
 }

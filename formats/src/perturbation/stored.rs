@@ -10,9 +10,10 @@ use rayon::prelude::*;
 
 use super::TensorProblem;
 use super::delta::{
-    DeltaTensor, Form, INDICES, LORA_A, LORA_B, MAX_SPARSE_ELEMENTS, NotFinite, Numbers, VALUES,
-    Values, elements_of,
+    DeltaTensor, Form, INDICES, LORA_A, LORA_B, MAX_SPARSE_ELEMENTS, NotFinite, VALUES, Values,
+    elements_of,
 };
+use super::numbers::Numbers;
 use super::record::BaseTensor;
 use crate::dtype::Dtype;
 use crate::error::Problems;

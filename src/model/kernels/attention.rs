@@ -1,4 +1,4 @@
-//! Causal attention over packed sequences: softmax(q k^T / sqrt(dim)) v, block-diagonal, optionally windowed.
+//! Causal attention over packed sequences: softmax(scale q k^T) v, block-diagonal, optionally windowed or soft-capped.
 //!
 //! Queries, keys and values come head by head (see [`super::rope`]); several query heads share a key-value head
 //! (grouped-query attention). Work is cut into blocks of queries that see only the keys they may: what lies above the
@@ -12,7 +12,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::rope::Heads;
-use super::{dot, exp, max, simd};
+use super::{dot, exp, max, simd, tanh};
 use crate::model::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
 
 /// Queries that are handled together: large enough for a matrix product, small enough for scores to stay in cache.
@@ -27,8 +27,16 @@ pub(crate) struct Pattern<'a> {
     pub window: Option<usize>,
 }
 
+/// How products of queries and keys become scores: s = scale q k, and then, with a cap c, c tanh(s / c).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Scores {
+    pub(crate) scale: f32,
+    pub(crate) softcap: Option<f32>,
+}
+
 impl Pattern<'_> {
-    fn tokens(&self) -> usize {
+    /// How many tokens all sequences have together.
+    pub(crate) fn tokens(&self) -> usize {
         self.starts.last().copied().unwrap_or(0)
     }
 
@@ -51,6 +59,7 @@ pub(crate) fn forward(
     heads_in: &[f32],
     pattern: Pattern<'_>,
     heads: Heads,
+    scores_of: Scores,
     attended: &mut [f32],
     lse: &mut [f32],
 ) {
@@ -76,7 +85,7 @@ pub(crate) fn forward(
                 matmul(
                     MatrixMut::new(scores, queries.len(), keys.len()),
                     Output::Overwrite,
-                    softmax_scale(dim),
+                    scores_of.scale,
                     view(head, queries.clone()),
                     view(shared, keys.clone()).t(),
                     Threads::One,
@@ -86,6 +95,9 @@ pub(crate) fn forward(
                         let query = queries.start + i;
                         let seen =
                             pattern.first_key(query, start) - keys.start..query + 1 - keys.start;
+                        if let Some(cap) = scores_of.softcap {
+                            soft_cap(&mut row[seen.clone()], cap);
+                        }
                         lse[i * heads.query + head] = softmax(row, seen);
                     }
                 });
@@ -123,6 +135,7 @@ pub(crate) fn backward(
     kept: Kept<'_>,
     pattern: Pattern<'_>,
     heads: Heads,
+    scores_of: Scores,
     d_heads: &mut [f32],
 ) {
     let (dim, tokens) = (heads.dim, pattern.tokens());
@@ -159,7 +172,7 @@ pub(crate) fn backward(
     tasks
         .into_par_iter()
         .for_each_init(Scratch::default, |scratch, task| {
-            task.run(d_attended, kept, pattern, heads, scratch)
+            task.run(d_attended, kept, pattern, heads, scores_of, scratch)
         });
 }
 
@@ -180,16 +193,18 @@ struct Scratch {
 }
 
 impl Task<'_> {
-    /// With p the probabilities: dv = p^T do; dp = do v^T; ds = p * (dp - rowsum(do * o)); dq = ds k; dk = ds^T q.
+    /// With p the probabilities: dv = p^T do; dp = do v^T; ds = p * (dp - rowsum(do * o)), times 1 - tanh^2 under a cap; dq = ds k;
+    /// dk = ds^T q.
     fn run(
         self,
         d_attended: &[f32],
         kept: Kept<'_>,
         pattern: Pattern<'_>,
         heads: Heads,
+        Scores { scale, softcap }: Scores,
         Scratch { p, ds }: &mut Scratch,
     ) {
-        let (dim, tokens, scale) = (heads.dim, pattern.tokens(), softmax_scale(heads.dim));
+        let (dim, tokens) = (heads.dim, pattern.tokens());
         let (start, width) = (self.sequence.start, heads.query * dim);
         let key_head = heads.query + self.shared;
         let view =
@@ -239,9 +254,22 @@ impl Task<'_> {
                             pattern.first_key(query, start) - keys.start..query + 1 - keys.start;
                         let at = query * width + head * dim..query * width + (head + 1) * dim;
                         let drift = dot(&d_attended[at.clone()], &kept.attended[at]);
-                        probabilities(p, seen, kept.lse[query * heads.query + head]);
+                        let lse = kept.lse[query * heads.query + head];
+                        let Some(cap) = softcap else {
+                            probabilities(p, seen, lse);
+                            for (ds, p) in ds.iter_mut().zip(p) {
+                                *ds = *p * (*ds - drift);
+                            }
+                            continue;
+                        };
+                        for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen.clone()]) {
+                            let t = tanh(*p / cap);
+                            *p = cap * t;
+                            *ds = (*ds - drift) * (1.0 - t * t);
+                        }
+                        probabilities(p, seen, lse);
                         for (ds, p) in ds.iter_mut().zip(p) {
-                            *ds = *p * (*ds - drift);
+                            *ds *= *p;
                         }
                     }
                 });
@@ -294,10 +322,11 @@ fn head_matrix(
     Matrix::new(&heads_in[at..at + range.len() * dim], range.len(), dim)
 }
 
-/// 1 / sqrt(dim).
-#[expect(clippy::cast_precision_loss, reason = "a head is far below 2^24 wide")]
-fn softmax_scale(dim: usize) -> f32 {
-    1.0 / (dim as f32).sqrt()
+#[inline(always)]
+fn soft_cap(scores: &mut [f32], cap: f32) {
+    for s in scores {
+        *s = cap * tanh(*s / cap);
+    }
 }
 
 /// Turns the scores in `seen` into probabilities, the others into 0; returns the log-sum-exp.

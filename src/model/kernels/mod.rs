@@ -8,14 +8,20 @@
 //! kernels here give the same bits on every instruction set.
 
 pub(crate) mod attention;
+pub(crate) mod glu;
 pub(crate) mod norm;
 pub(crate) mod rope;
-pub(crate) mod swiglu;
 
 /// Runs `work`, compiled once for each supported instruction set, on the best of them.
 #[inline]
 pub(crate) fn simd<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
+}
+
+/// Overwrites `out` with `x + y`.
+pub(crate) fn add(x: &[f32], y: &[f32], out: &mut Vec<f32>) {
+    out.clear();
+    out.extend(x.iter().zip(y).map(|(x, y)| x + y));
 }
 
 /// How many partial sums a reduction keeps, so that it can be vectorized in a fixed order: one AVX-512 register.
@@ -88,9 +94,48 @@ pub(crate) fn exp(x: f32) -> f32 {
     e_r * two_to_n
 }
 
+/// tanh x for f32, within 8 units in the last place; branch-free, an odd polynomial over an even one.
+///
+/// Beyond 7.9 it is 1 to the last bit. Coefficients: the rational approximation of Eigen (`generic_fast_tanh_float`).
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    const LIMIT: f32 = 7.905_311;
+    let x = if x < -LIMIT { -LIMIT } else { x };
+    let x = if x > LIMIT { LIMIT } else { x };
+    let square = x * x;
+    let mut p = -2.760_768_5e-16;
+    p = p * square + 2.000_188e-13;
+    p = p * square - 8.604_672e-11;
+    p = p * square + 5.122_297e-8;
+    p = p * square + 1.485_722_4e-5;
+    p = p * square + 6.372_619_3e-4;
+    p = p * square + 4.893_524_6e-3;
+    let mut q = 1.198_258_4e-6;
+    q = q * square + 1.185_347_1e-4;
+    q = q * square + 2.268_434_7e-3;
+    q = q * square + 4.893_525e-3;
+    x * p / q
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tanh_is_within_eight_units_in_the_last_place() {
+        let mut x = -12.0f32;
+        while x < 12.0 {
+            let want = f64::from(x).tanh();
+            let error = (f64::from(tanh(x)) - want).abs() / want.abs();
+            assert!(
+                error < 8.0 * f64::from(f32::EPSILON),
+                "tanh({x}) is off by {error:e}"
+            );
+            x += 0.003_17;
+        }
+        assert_eq!(tanh(0.0), 0.0);
+        assert!(tanh(f32::NAN).is_nan());
+    }
 
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {

@@ -63,6 +63,99 @@ pub(crate) fn backward(dy: &[f32], x: &[f32], weight: &[f32], scales: &[f32], dx
         );
 }
 
+/// Normalizes the first elements of each row of `x` (tokens x `row`) in place, cut into groups as long as each norm's weight: the
+/// query heads by `norms[0]`, the key heads behind them by `norms[1]`. What they were goes to `kept` (tokens x both widths), and
+/// each group's scale to `scales`.
+pub(crate) fn heads_forward(
+    x: &mut [f32],
+    row: usize,
+    norms: [Groups<'_>; 2],
+    epsilon: f32,
+    kept: &mut [f32],
+    scales: &mut [f32],
+) {
+    let (width, groups) = (norms[0].width + norms[1].width, count(norms));
+    (
+        x.par_chunks_exact_mut(row),
+        kept.par_chunks_exact_mut(width),
+        scales.par_chunks_exact_mut(groups),
+    )
+        .into_par_iter()
+        .for_each(|(x, kept, scales)| {
+            simd(|| {
+                let x = &mut x[..width];
+                kept.copy_from_slice(x);
+                for_each_group(norms, |at, group, weight| {
+                    let (y, x) = (&mut x[at.clone()], &kept[at]);
+                    let mean = dot(x, x) / width_as_f32(weight.len());
+                    scales[group] = 1.0 / (mean + epsilon).sqrt();
+                    normalize(x, weight, scales[group], y);
+                });
+            });
+        });
+}
+
+/// Turns the gradient with respect to the normalized elements, in the first elements of each row of `d` (tokens x `row`), into that
+/// with respect to those before.
+pub(crate) fn heads_backward(
+    d: &mut [f32],
+    row: usize,
+    norms: [Groups<'_>; 2],
+    kept: &[f32],
+    scales: &[f32],
+) {
+    let (width, groups) = (norms[0].width + norms[1].width, count(norms));
+    (
+        d.par_chunks_exact_mut(row),
+        kept.par_chunks_exact(width),
+        scales.par_chunks_exact(groups),
+    )
+        .into_par_iter()
+        .for_each(|(d, kept, scales)| {
+            simd(|| {
+                for_each_group(norms, |at, group, weight| {
+                    let (d, x, scale) = (&mut d[at.clone()], &kept[at], scales[group]);
+                    for (d, w) in d.iter_mut().zip(weight) {
+                        *d *= w;
+                    }
+                    let mean = dot(d, x) / width_as_f32(weight.len());
+                    let pull = scale * scale * scale * mean;
+                    for (d, x) in d.iter_mut().zip(x) {
+                        *d = scale * *d - pull * x;
+                    }
+                });
+            });
+        });
+}
+
+/// A run of elements that is normalized in groups.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Groups<'a> {
+    /// Elements, a multiple of the weight's.
+    pub(crate) width: usize,
+    /// One for each element of a group.
+    pub(crate) weight: &'a [f32],
+}
+
+fn count(norms: [Groups<'_>; 2]) -> usize {
+    norms.iter().map(|it| it.width / it.weight.len()).sum()
+}
+
+#[inline(always)]
+fn for_each_group(
+    norms: [Groups<'_>; 2],
+    mut work: impl FnMut(std::ops::Range<usize>, usize, &[f32]),
+) {
+    let (mut at, mut group) = (0, 0);
+    for Groups { width, weight } in norms {
+        for _ in 0..width / weight.len() {
+            work(at..at + weight.len(), group, weight);
+            at += weight.len();
+            group += 1;
+        }
+    }
+}
+
 #[inline(always)]
 fn normalize(x: &[f32], weight: &[f32], scale: f32, y: &mut [f32]) {
     for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {

@@ -1,0 +1,247 @@
+//! A linear layer of a block: y = x W^T + bias, with W one or several stored matrices that read the same input.
+//!
+//! In: activations, tokens x width, f32. Out: products, and gradients with respect to those matrices that are targets, or to the
+//! LoRA factors over them. The stored matrices stay where they are, in their own dtype; [`Linear::load`] widens them into a
+//! buffer that is reused from layer to layer.
+
+use panacea_formats::TensorView;
+use rayon::prelude::*;
+
+use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
+use super::tensors::TargetTensors;
+
+/// Matrices of outputs x inputs, one above the other.
+#[derive(Debug)]
+pub(crate) struct Linear<'c> {
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    pub(crate) parts: Vec<Part<'c>>,
+    /// One for each output; empty without.
+    pub(crate) bias: Vec<f32>,
+}
+
+/// One stored matrix of a layer.
+#[derive(Debug)]
+pub(crate) struct Part<'c> {
+    /// The module's path in the checkpoint.
+    pub(crate) path: String,
+    /// Outputs x inputs.
+    pub(crate) view: TensorView<'c>,
+    pub(crate) role: Role,
+}
+
+/// What of a matrix is optimized.
+#[derive(Debug)]
+pub(crate) enum Role {
+    /// Nothing: it is as stored.
+    Frozen,
+    /// Itself, under this index.
+    Target(usize),
+    /// A LoRA over it.
+    Adapted(Lora),
+}
+
+/// Low-rank factors over a frozen matrix W: the layer computes with W + scale B A.
+#[derive(Debug)]
+pub(crate) struct Lora {
+    pub(crate) rank: usize,
+    pub(crate) scale: f32,
+    /// Rank x inputs.
+    pub(crate) a: Factor,
+    /// Outputs x rank.
+    pub(crate) b: Factor,
+}
+
+/// One of both factors.
+#[derive(Debug)]
+pub(crate) enum Factor {
+    /// As stored, widened.
+    Frozen(Vec<f32>),
+    /// The target of this index.
+    Target(usize),
+}
+
+impl Factor {
+    fn values<'v>(&'v self, values: &'v TargetTensors) -> &'v [f32] {
+        match self {
+            Self::Frozen(values) => values,
+            Self::Target(index) => values.tensor(*index),
+        }
+    }
+}
+
+/// The targets' values, and their gradient to add to.
+#[derive(Debug)]
+pub(crate) struct Gradients<'a> {
+    pub(crate) values: &'a TargetTensors,
+    pub(crate) targets: &'a mut TargetTensors,
+}
+
+impl Linear<'_> {
+    /// Whether any of it is optimized.
+    pub(crate) fn has_targets(&self) -> bool {
+        self.parts.iter().any(|part| match &part.role {
+            Role::Frozen => false,
+            Role::Target(_) => true,
+            Role::Adapted(lora) => [&lora.a, &lora.b]
+                .iter()
+                .any(|factor| matches!(factor, Factor::Target(_))),
+        })
+    }
+
+    /// Widens the matrices into `w`, outputs x inputs, with those that are targets, or have factors over them, at `values`.
+    pub(crate) fn load(&self, values: &TargetTensors, w: &mut Vec<f32>) {
+        w.resize(self.outputs * self.inputs, 0.0);
+        let mut rest = w.as_mut_slice();
+        for part in &self.parts {
+            let (rows, left) = rest.split_at_mut(part.view.elements());
+            match &part.role {
+                Role::Frozen => widen(&part.view, 0, rows),
+                Role::Target(index) => copy(values.tensor(*index), rows),
+                Role::Adapted(lora) => {
+                    widen(&part.view, 0, rows);
+                    let outputs = rows.len() / self.inputs;
+                    matmul(
+                        MatrixMut::new(rows, outputs, self.inputs),
+                        Output::Add,
+                        lora.scale,
+                        Matrix::new(lora.b.values(values), outputs, lora.rank),
+                        Matrix::new(lora.a.values(values), lora.rank, self.inputs),
+                        Threads::All,
+                    );
+                }
+            }
+            rest = left;
+        }
+    }
+
+    /// `y = x w^T + bias`, with `w` as [`Self::load`] left it.
+    pub(crate) fn forward(&self, x: &[f32], w: &[f32], y: &mut Vec<f32>) {
+        y.resize(x.len() / self.inputs * self.outputs, 0.0);
+        self.multiply(x, w, Output::Overwrite, 1.0, y);
+        self.add_bias(1.0, y);
+    }
+
+    /// `y = residual + scale (x w^T + bias)`, with `residual` tokens x outputs.
+    pub(crate) fn forward_onto(
+        &self,
+        residual: &[f32],
+        x: &[f32],
+        w: &[f32],
+        scale: f32,
+        y: &mut Vec<f32>,
+    ) {
+        y.clear();
+        y.extend_from_slice(residual);
+        self.multiply(x, w, Output::Add, scale, y);
+        self.add_bias(scale, y);
+    }
+
+    /// `dx = scale dy w`: the gradient of [`Self::forward`] with respect to `x`.
+    pub(crate) fn backward(&self, dy: &[f32], w: &[f32], scale: f32, dx: &mut Vec<f32>) {
+        let n = dy.len() / self.outputs;
+        dx.resize(n * self.inputs, 0.0);
+        matmul(
+            MatrixMut::new(dx, n, self.inputs),
+            Output::Overwrite,
+            scale,
+            Matrix::new(dy, n, self.outputs),
+            Matrix::new(w, self.outputs, self.inputs),
+            Threads::All,
+        );
+    }
+
+    /// Adds the gradients of `scale (x w^T)` with respect to targets, given `dy`: dW = scale dy^T x of a matrix, and of factors
+    /// over one, with s the product of both scales, dB = s dy^T (x A^T) and dA = s (dy B)^T x.
+    pub(crate) fn add_gradients(
+        &self,
+        dy: &[f32],
+        x: &[f32],
+        scale: f32,
+        gradients: &mut Gradients<'_>,
+    ) {
+        let n = x.len() / self.inputs;
+        let x = Matrix::new(x, n, self.inputs);
+        let mut first = 0;
+        for part in &self.parts {
+            let rows = part.view.elements() / self.inputs;
+            let dy = Matrix::strided(&dy[first.min(dy.len())..], n, rows, self.outputs);
+            first += rows;
+            let mut add = |index: usize, scale, d: Matrix<'_>, input: Matrix<'_>, rows, cols| {
+                let out = MatrixMut::new(gradients.targets.tensor_mut(index), rows, cols);
+                matmul(out, Output::Add, scale, d.t(), input, Threads::All);
+            };
+            match &part.role {
+                Role::Frozen => {}
+                Role::Target(index) => add(*index, scale, dy, x, rows, self.inputs),
+                Role::Adapted(lora) => {
+                    let (rank, scale) = (lora.rank, scale * lora.scale);
+                    let a = Matrix::new(lora.a.values(gradients.values), rank, self.inputs);
+                    let b = Matrix::new(lora.b.values(gradients.values), rows, rank);
+                    let narrow = |left: Matrix<'_>, right: Matrix<'_>| {
+                        let mut product = vec![0.0; n * rank];
+                        let out = MatrixMut::new(&mut product, n, rank);
+                        matmul(out, Output::Overwrite, 1.0, left, right, Threads::All);
+                        product
+                    };
+                    if let Factor::Target(index) = lora.b {
+                        let xa = narrow(x, a.t());
+                        add(index, scale, dy, Matrix::new(&xa, n, rank), rows, rank);
+                    }
+                    if let Factor::Target(index) = lora.a {
+                        let db = narrow(dy, b);
+                        add(
+                            index,
+                            scale,
+                            Matrix::new(&db, n, rank),
+                            x,
+                            rank,
+                            self.inputs,
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn multiply(&self, x: &[f32], w: &[f32], output: Output, scale: f32, y: &mut [f32]) {
+        let n = x.len() / self.inputs;
+        matmul(
+            MatrixMut::new(y, n, self.outputs),
+            output,
+            scale,
+            Matrix::new(x, n, self.inputs),
+            Matrix::new(w, self.outputs, self.inputs).t(),
+            Threads::All,
+        );
+    }
+
+    fn add_bias(&self, scale: f32, y: &mut [f32]) {
+        if self.bias.is_empty() {
+            return;
+        }
+        for row in y.chunks_exact_mut(self.outputs) {
+            for (y, b) in row.iter_mut().zip(&self.bias) {
+                *y += scale * b;
+            }
+        }
+    }
+}
+
+/// Widens the elements of `view` from number `first` on into `out`, in parallel.
+pub(crate) fn widen(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
+        let start = first + i * CHUNK;
+        view.widen_into(start..start + out.len(), out)
+            .expect("dtype and shape were checked when the weights were resolved");
+    });
+}
+
+fn copy(from: &[f32], to: &mut [f32]) {
+    to.par_chunks_mut(CHUNK)
+        .zip(from.par_chunks(CHUNK))
+        .for_each(|(to, from)| to.copy_from_slice(from));
+}
+
+/// Elements widened by one task.
+const CHUNK: usize = 1 << 16;
