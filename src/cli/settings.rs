@@ -386,6 +386,7 @@ fn panacea(args: &MethodArgs, has_task: bool) -> Panacea {
         rho: radius(args, RhoArg::Fixed(PAPER_RHO)),
         lambda: args.lambda.unwrap_or(default.lambda),
         lr: args.lr.unwrap_or(default.lr),
+        weight_decay: default.weight_decay,
         steps: args.steps.unwrap_or(steps),
         batch: args.batch.unwrap_or(default.batch),
         final_eps: match args.final_eps {

@@ -1,6 +1,7 @@
-//! AdamW without weight decay, as `torch.optim.AdamW(lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)`.
+//! AdamW, as `torch.optim.AdamW(lr, betas=(0.9, 0.999), eps=1e-8, weight_decay)`: the decay is decoupled, w *= 1 - lr * decay
+//! before the step.
 //!
-//! Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2 with lambda = 0.
+//! Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
 
 use super::engine::factor;
 use crate::model::TargetTensors;
@@ -16,6 +17,15 @@ pub(super) struct AdamW {
     pub(super) v: TargetTensors,
 }
 
+/// How far a step goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rates {
+    /// Learning rate.
+    pub(super) lr: f64,
+    /// The share of w, times the learning rate, that is taken off.
+    pub(super) weight_decay: f64,
+}
+
 impl AdamW {
     /// Moments of zero in the shape of `like`.
     pub(super) fn new(like: &TargetTensors) -> Self {
@@ -25,14 +35,18 @@ impl AdamW {
         }
     }
 
-    /// Moves `w` against `gradient`; `step` counts from 1. `gradient` becomes the update that was subtracted.
+    /// Shrinks `w`, and moves it against `gradient`; `step` counts from 1. `gradient` becomes the update that was subtracted.
     pub(super) fn step(
         &mut self,
         w: &mut TargetTensors,
         gradient: &mut TargetTensors,
-        lr: f64,
+        rates: Rates,
         step: i32,
     ) {
+        let Rates { lr, weight_decay } = rates;
+        if weight_decay != 0.0 {
+            w.scale(factor(1.0 - lr * weight_decay));
+        }
         let (beta1, beta2) = (factor(BETA1), factor(BETA2));
         self.m
             .zip_mut(gradient, |m, g| *m += (1.0 - beta1) * (g - *m));
@@ -56,6 +70,12 @@ mod tests {
     /// Against the definition in f64.
     #[test]
     fn three_steps_follow_the_definition() {
+        for weight_decay in [0.0, 0.1] {
+            follow_the_definition(weight_decay);
+        }
+    }
+
+    fn follow_the_definition(weight_decay: f64) {
         let mut w = TargetTensors::new(vec![vec![1.0, -2.0]]);
         let mut adam = AdamW::new(&w);
         let (mut want, mut m, mut v) = ([1.0f64, -2.0], [0.0f64; 2], [0.0f64; 2]);
@@ -63,7 +83,10 @@ mod tests {
             adam.step(
                 &mut w,
                 &mut TargetTensors::new(vec![gradient.to_vec()]),
-                0.01,
+                Rates {
+                    lr: 0.01,
+                    weight_decay,
+                },
                 step,
             );
             for i in 0..2 {
@@ -74,6 +97,7 @@ mod tests {
                     m[i] / (1.0 - 0.9f64.powi(step)),
                     v[i] / (1.0 - 0.999f64.powi(step)),
                 );
+                want[i] *= 1.0 - 0.01 * weight_decay;
                 want[i] -= 0.01 * m / (v.sqrt() + 1e-8);
             }
             for (found, want) in w.tensor(0).iter().zip(want) {
