@@ -120,6 +120,7 @@ fn the_papers_method_follows_pytorch_step_by_step() {
         };
         for (part, prefix) in [(Part::Eps, "eps"), (Part::Drift, "drift")] {
             let settings = Settings::Panacea(Panacea {
+                weight_decay: 0.0,
                 rho: Radius::fixed(number("rho")).expect("a radius"),
                 lambda: number("lambda"),
                 lr: number("lr"),

@@ -411,7 +411,13 @@ pub(crate) struct FormArgs {
     pub(crate) sparse: Option<EnergyShare>,
 
     /// Write the low-rank perturbation to this new directory too, as an adapter that PEFT loads over the unpatched model.
-    #[arg(long, value_name = "DIR", requires = "as_lora")]
+    // The conflict too: clap takes a requirement as met where what is required conflicts with what is given.
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "as_lora",
+        conflicts_with = "sparse"
+    )]
     pub(crate) peft: Option<PathBuf>,
 }
 
@@ -681,7 +687,7 @@ mod tests {
             &["--peft", "adapter", "--sparse", "0.9"],
         ] {
             let words = ["panacea-patch", "optimize", "m"].iter().chain(flags);
-            let error = Cli::try_parse_from(words).expect_err("two forms, or none");
+            let error = Cli::try_parse_from(words).expect_err(&flags.join(" "));
             assert_eq!(error.exit_code(), 2, "{flags:?}");
         }
     }

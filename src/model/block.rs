@@ -12,9 +12,10 @@ use super::config::{BlockConfig, Config};
 use super::kernels::attention::{self, Kept, Pattern};
 use super::kernels::norm::Groups;
 use super::kernels::rope::{self, Rotations};
-use super::kernels::{add, glu, norm};
-use super::linear::Gradients;
+use super::kernels::{glu, norm};
+use super::linear::{Gradients, add_scaled, copy};
 use super::mixture::{Mixture, Routing};
+use super::point::Point;
 use super::tensors::TargetTensors;
 use super::weights::{Block, BlockMatrices, FeedForward, GatedLinear};
 
@@ -94,8 +95,8 @@ pub(crate) struct Layer<'a> {
     pub(crate) config: &'a Config,
     pub(crate) block: &'a Block<'a>,
     pub(crate) tokens: Tokens<'a>,
-    /// The targets' values.
-    pub(crate) values: &'a TargetTensors,
+    /// Where the targets are.
+    pub(crate) point: Point<'a>,
     /// As [`BlockMatrices::load`] left them for this block.
     pub(crate) matrices: &'a mut BlockMatrices,
 }
@@ -125,7 +126,7 @@ impl Layer<'_> {
         targets: &mut TargetTensors,
     ) {
         let mut gradients = Gradients {
-            values: self.values,
+            point: self.point,
             targets,
         };
         let block = self.block;
@@ -204,7 +205,9 @@ impl Layer<'_> {
                 branch.resize(rows.len(), 0.0);
                 scales.resize(n, 0.0);
                 norm::forward(rows, weight, epsilon, branch, scales);
-                add(x, branch, &mut saved.x2);
+                saved.x2.resize(x.len(), 0.0);
+                copy(x, &mut saved.x2);
+                add_scaled(1.0, branch, &mut saved.x2);
             }
         }
     }
@@ -261,7 +264,7 @@ impl Layer<'_> {
                 mixture.forward(
                     config,
                     experts,
-                    self.values,
+                    self.point,
                     self.matrices,
                     entering,
                     &mut saved.routing,
@@ -275,7 +278,9 @@ impl Layer<'_> {
             branch.resize(rows.len(), 0.0);
             scales.resize(n, 0.0);
             norm::forward(rows, weight, epsilon, branch, scales);
-            add(&saved.x2, branch, out);
+            out.resize(branch.len(), 0.0);
+            copy(&saved.x2, out);
+            add_scaled(1.0, branch, out);
         }
     }
 
@@ -296,7 +301,7 @@ impl Layer<'_> {
             mixture,
             ..
         } = scratch;
-        let scale = into_branch(
+        let (branch, scale) = before_norm(
             &block.feed_forward_out,
             &saved.feed_forward_out,
             config,
@@ -349,7 +354,7 @@ impl Layer<'_> {
             }
         }
         match &block.feed_forward_in {
-            None => add_to(d, narrow),
+            None => add_scaled(1.0, narrow, d),
             Some(weight) => {
                 norm::backward(narrow, &saved.x2, weight, &saved.feed_forward_in_scales, d);
             }
@@ -377,7 +382,7 @@ impl Layer<'_> {
             attended,
             ..
         } = scratch;
-        let scale = into_branch(
+        let (branch, scale) = before_norm(
             &block.attention_out,
             &saved.attention_out,
             config,
@@ -436,31 +441,28 @@ impl Layer<'_> {
         }
         block.qkv.backward(qkv, &matrices.qkv, 1.0, narrow);
         match &block.attention_in {
-            None => add_to(d, narrow),
+            None => add_scaled(1.0, narrow, d),
             Some(weight) => norm::backward(narrow, x, weight, &saved.attention_in_scales, d),
         }
     }
 }
 
-/// Puts into `branch` the gradient with respect to what came out of a layer, before the norm if there is one, given `d`, that with
-/// respect to the residual stream behind it. Returns the factor that is still to be put on it.
-fn into_branch(
+/// The gradient with respect to what came out of a layer, before the norm if there is one, given `d`, that with respect to the
+/// residual stream behind it; and the factor that is still to be put on it.
+fn before_norm<'d>(
     weight: &Option<Vec<f32>>,
     kept: &Branch,
     config: &Config,
-    d: &[f32],
-    branch: &mut Vec<f32>,
-) -> f32 {
-    branch.clear();
+    d: &'d [f32],
+    buffer: &'d mut Vec<f32>,
+) -> (&'d [f32], f32) {
     match weight {
-        None => {
-            branch.extend_from_slice(d);
-            config.residual_multiplier
-        }
+        None => (d, config.residual_multiplier),
         Some(weight) => {
-            branch.resize(d.len(), 0.0);
-            norm::backward(d, &kept.rows, weight, &kept.scales, branch);
-            1.0
+            buffer.clear();
+            buffer.resize(d.len(), 0.0);
+            norm::backward(d, &kept.rows, weight, &kept.scales, buffer);
+            (buffer, 1.0)
         }
     }
 }
@@ -478,8 +480,4 @@ fn head_groups<'w>(config: &Config, [query, key]: &'w [Vec<f32>; 2]) -> [Groups<
             weight: key,
         },
     ]
-}
-
-fn add_to(d: &mut [f32], more: &[f32]) {
-    d.iter_mut().zip(more).for_each(|(d, more)| *d += more);
 }

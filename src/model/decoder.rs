@@ -13,8 +13,9 @@ use super::config::{BlockConfig, Config};
 use super::head::{Head, HeadScratch, LossSum, Objective};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
-use super::linear::widen;
+use super::linear::{add_scaled, widen};
 use super::pack::Pack;
+use super::point::Point;
 use super::targets::{Target, TargetSelection};
 use super::tensors::TargetTensors;
 use super::weights::{BlockMatrices, Space, Weights, WeightsError};
@@ -144,6 +145,45 @@ impl<'c> Decoder<'c> {
         self.weights.target_values()
     }
 
+    /// Elements of each target.
+    pub fn target_sizes(&self) -> Vec<usize> {
+        let shapes = self.weights.targets.iter().map(|target| target.shape);
+        shapes.map(|[rows, cols]| rows * cols).collect()
+    }
+
+    /// Whether the stored targets can be computed with.
+    ///
+    /// # Errors
+    /// [`WeightsError::NotFinite`] when one of them holds NaN or infinity.
+    pub fn check_targets(&self) -> Result<(), WeightsError> {
+        self.target_norm().map(drop)
+    }
+
+    /// Euclidean norm of the stored targets, one of them in memory at a time.
+    ///
+    /// # Errors
+    /// [`WeightsError::NotFinite`] when one of them holds NaN or infinity.
+    pub fn target_norm(&self) -> Result<f64, WeightsError> {
+        let mut squares = 0.0;
+        for index in 0..self.weights.targets.len() {
+            let stored = TargetTensors::new(vec![self.weights.stored_target(index)?]);
+            squares += stored.dot(&stored);
+        }
+        Ok(squares.sqrt())
+    }
+
+    /// Subtracts the stored targets from `values`, one of them in memory at a time.
+    ///
+    /// # Errors
+    /// [`WeightsError::NotFinite`] when one of them holds NaN or infinity.
+    pub fn subtract_stored(&self, values: &mut TargetTensors) -> Result<(), WeightsError> {
+        for index in 0..self.weights.targets.len() {
+            let stored = self.weights.stored_target(index)?;
+            add_scaled(-1.0, &stored, values.tensor_mut(index));
+        }
+        Ok(())
+    }
+
     /// Bytes of activations and logits that a pack of `tokens` tokens needs at most, besides weights and gradients.
     pub fn activation_bytes(&self, tokens: usize) -> usize {
         let config = &self.config;
@@ -159,12 +199,16 @@ impl<'c> Decoder<'c> {
         4 * tokens * floats
     }
 
-    /// The next-token loss of `pack` with the targets at `values`.
+    /// The next-token loss of `pack` with the targets at `point`.
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn loss(&mut self, values: &TargetTensors, pack: &Pack) -> Result<LossSum, PackError> {
-        let x = self.forward(values, pack, Pass::Forward)?;
+    pub fn loss<'v>(
+        &mut self,
+        point: impl Into<Point<'v>>,
+        pack: &Pack,
+    ) -> Result<LossSum, PackError> {
+        let x = self.forward(point.into(), pack, Pass::Forward)?;
         let (head, workspace) = self.head();
         let loss = head.loss(
             &workspace.inputs[x],
@@ -180,12 +224,12 @@ impl<'c> Decoder<'c> {
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn token_losses(
+    pub fn token_losses<'v>(
         &mut self,
-        values: &TargetTensors,
+        point: impl Into<Point<'v>>,
         pack: &Pack,
     ) -> Result<Vec<f64>, PackError> {
-        self.loss(values, pack)?;
+        self.loss(point, pack)?;
         Ok(self.workspace.head.losses().to_vec())
     }
 
@@ -193,39 +237,39 @@ impl<'c> Decoder<'c> {
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn loss_and_gradient(
+    pub fn loss_and_gradient<'v>(
         &mut self,
-        values: &TargetTensors,
+        point: impl Into<Point<'v>>,
         pack: &Pack,
         gradient: &mut TargetTensors,
     ) -> Result<LossSum, PackError> {
-        self.capped_loss_and_gradient(values, pack, f64::INFINITY, gradient)
+        self.capped_loss_and_gradient(point, pack, f64::INFINITY, gradient)
     }
 
     /// As [`Self::loss_and_gradient`], but the gradient is that of the sum of min(loss, `cap`): tokens above the cap have none.
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn capped_loss_and_gradient(
+    pub fn capped_loss_and_gradient<'v>(
         &mut self,
-        values: &TargetTensors,
+        point: impl Into<Point<'v>>,
         pack: &Pack,
         cap: f64,
         gradient: &mut TargetTensors,
     ) -> Result<LossSum, PackError> {
-        self.forward_and_backward(values, pack, Objective::NextToken { cap }, gradient)
+        self.forward_and_backward(point.into(), pack, Objective::NextToken { cap }, gradient)
     }
 
     /// What [`Self::divergence`] compares with: the final hidden states at the predicted positions, predictions x hidden.
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn reference(
+    pub fn reference<'v>(
         &mut self,
-        values: &TargetTensors,
+        point: impl Into<Point<'v>>,
         pack: &Pack,
     ) -> Result<Vec<f32>, PackError> {
-        let x = self.forward(values, pack, Pass::Forward)?;
+        let x = self.forward(point.into(), pack, Pass::Forward)?;
         let (head, workspace) = self.head();
         Ok(head.hidden(&workspace.inputs[x], pack, &mut workspace.head))
     }
@@ -236,13 +280,13 @@ impl<'c> Decoder<'c> {
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn divergence(
+    pub fn divergence<'v>(
         &mut self,
-        values: &TargetTensors,
+        point: impl Into<Point<'v>>,
         pack: &Pack,
         reference: &[f32],
     ) -> Result<LossSum, PackError> {
-        let x = self.forward(values, pack, Pass::Forward)?;
+        let x = self.forward(point.into(), pack, Pass::Forward)?;
         let (head, workspace) = self.head();
         let objective = Objective::Divergence { reference };
         Ok(head.loss(
@@ -258,34 +302,43 @@ impl<'c> Decoder<'c> {
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn divergence_and_gradient(
+    pub fn divergence_and_gradient<'v>(
         &mut self,
-        values: &TargetTensors,
+        point: impl Into<Point<'v>>,
         pack: &Pack,
         reference: &[f32],
         gradient: &mut TargetTensors,
     ) -> Result<LossSum, PackError> {
-        self.forward_and_backward(values, pack, Objective::Divergence { reference }, gradient)
+        self.forward_and_backward(
+            point.into(),
+            pack,
+            Objective::Divergence { reference },
+            gradient,
+        )
     }
 
     /// The logits at each predicted position, predictions x vocab: for tests and for looking at small models.
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn logits(&mut self, values: &TargetTensors, pack: &Pack) -> Result<Vec<f32>, PackError> {
-        let x = self.forward(values, pack, Pass::Forward)?;
+    pub fn logits<'v>(
+        &mut self,
+        point: impl Into<Point<'v>>,
+        pack: &Pack,
+    ) -> Result<Vec<f32>, PackError> {
+        let x = self.forward(point.into(), pack, Pass::Forward)?;
         let (head, workspace) = self.head();
         Ok(head.all_logits(&workspace.inputs[x], pack, &mut workspace.head))
     }
 
     fn forward_and_backward(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         pack: &Pack,
         objective: Objective<'_>,
         gradient: &mut TargetTensors,
     ) -> Result<LossSum, PackError> {
-        let x = self.forward(values, pack, Pass::ForwardAndBackward)?;
+        let x = self.forward(point, pack, Pass::ForwardAndBackward)?;
         let mut d = std::mem::take(&mut self.workspace.d);
         let (head, workspace) = self.head();
         let loss = head.loss(
@@ -295,18 +348,13 @@ impl<'c> Decoder<'c> {
             Some(&mut d),
             &mut workspace.head,
         );
-        self.backward(values, pack, &mut d, gradient);
+        self.backward(point, pack, &mut d, gradient);
         self.workspace.d = d;
         Ok(loss)
     }
 
     /// Runs all blocks; returns which of the workspace's `inputs` holds the last block's output.
-    fn forward(
-        &mut self,
-        values: &TargetTensors,
-        pack: &Pack,
-        pass: Pass,
-    ) -> Result<usize, PackError> {
+    fn forward(&mut self, point: Point<'_>, pack: &Pack, pass: Pass) -> Result<usize, PackError> {
         self.prepare(pack, pass);
         self.embed(pack)?;
         let Self {
@@ -325,7 +373,7 @@ impl<'c> Decoder<'c> {
         } = workspace;
         let mut current = 0;
         for (index, (block, place)) in weights.blocks.iter().zip(&config.blocks).enumerate() {
-            matrices.load(block, values);
+            matrices.load(block, point);
             let (next, slot) = match (pass, *activations) {
                 (Pass::Forward, _) => (1 - current, 0),
                 (Pass::ForwardAndBackward, Activations::Recompute) => (index + 1, 0),
@@ -336,7 +384,7 @@ impl<'c> Decoder<'c> {
                 config,
                 block,
                 tokens: tokens(place, pack, rotations),
-                values,
+                point,
                 matrices,
             }
             .forward(&inputs[current], &mut saved[slot], scratch, &mut out);
@@ -349,7 +397,7 @@ impl<'c> Decoder<'c> {
     /// Runs the blocks back from the last to the first that holds a target; `d` is the gradient of the last one's output.
     fn backward(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         pack: &Pack,
         d: &mut [f32],
         gradient: &mut TargetTensors,
@@ -373,12 +421,12 @@ impl<'c> Decoder<'c> {
         };
         let blocks = weights.blocks.iter().zip(&config.blocks).enumerate();
         for (index, (block, place)) in blocks.skip(lowest).rev() {
-            matrices.load(block, values);
+            matrices.load(block, point);
             let mut layer = Layer {
                 config,
                 block,
                 tokens: tokens(place, pack, rotations),
-                values,
+                point,
                 matrices,
             };
             let slot = match activations {

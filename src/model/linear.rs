@@ -4,10 +4,13 @@
 //! LoRA factors over them. The stored matrices stay where they are, in their own dtype; [`Linear::load`] widens them into a
 //! buffer that is reused from layer to layer.
 
+use std::borrow::Cow;
+
 use panacea_formats::TensorView;
 use rayon::prelude::*;
 
 use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
+use super::point::Point;
 use super::tensors::TargetTensors;
 
 /// Matrices of outputs x inputs, one above the other.
@@ -27,53 +30,53 @@ pub(crate) struct Part<'c> {
     pub(crate) path: String,
     /// Outputs x inputs.
     pub(crate) view: TensorView<'c>,
-    pub(crate) role: Role,
+    pub(crate) role: Role<'c>,
 }
 
 /// What of a matrix is optimized.
 #[derive(Debug)]
-pub(crate) enum Role {
+pub(crate) enum Role<'c> {
     /// Nothing: it is as stored.
     Frozen,
     /// Itself, under this index.
     Target(usize),
     /// A LoRA over it.
-    Adapted(Lora),
+    Adapted(Lora<'c>),
 }
 
 /// Low-rank factors over a frozen matrix W: the layer computes with W + scale B A.
 #[derive(Debug)]
-pub(crate) struct Lora {
+pub(crate) struct Lora<'c> {
     pub(crate) rank: usize,
     pub(crate) scale: f32,
     /// Rank x inputs.
-    pub(crate) a: Factor,
+    pub(crate) a: Factor<'c>,
     /// Outputs x rank.
-    pub(crate) b: Factor,
+    pub(crate) b: Factor<'c>,
 }
 
 /// One of both factors.
 #[derive(Debug)]
-pub(crate) enum Factor {
+pub(crate) enum Factor<'c> {
     /// As stored, widened.
     Frozen(Vec<f32>),
-    /// The target of this index.
-    Target(usize),
+    /// The target of this index, stored here.
+    Target(usize, TensorView<'c>),
 }
 
-impl Factor {
-    fn values<'v>(&'v self, values: &'v TargetTensors) -> &'v [f32] {
+impl Factor<'_> {
+    fn values<'v>(&'v self, point: Point<'v>) -> Cow<'v, [f32]> {
         match self {
-            Self::Frozen(values) => values,
-            Self::Target(index) => values.tensor(*index),
+            Self::Frozen(values) => Cow::Borrowed(values),
+            Self::Target(index, view) => point.values(*index, view),
         }
     }
 }
 
-/// The targets' values, and their gradient to add to.
+/// Where the targets are, and their gradient to add to.
 #[derive(Debug)]
 pub(crate) struct Gradients<'a> {
-    pub(crate) values: &'a TargetTensors,
+    pub(crate) point: Point<'a>,
     pub(crate) targets: &'a mut TargetTensors,
 }
 
@@ -85,19 +88,19 @@ impl Linear<'_> {
             Role::Target(_) => true,
             Role::Adapted(lora) => [&lora.a, &lora.b]
                 .iter()
-                .any(|factor| matches!(factor, Factor::Target(_))),
+                .any(|factor| matches!(factor, Factor::Target(..))),
         })
     }
 
-    /// Widens the matrices into `w`, outputs x inputs, with those that are targets, or have factors over them, at `values`.
-    pub(crate) fn load(&self, values: &TargetTensors, w: &mut Vec<f32>) {
+    /// Widens the matrices into `w`, outputs x inputs, with those that are targets, or have factors over them, at `point`.
+    pub(crate) fn load(&self, point: Point<'_>, w: &mut Vec<f32>) {
         w.resize(self.outputs * self.inputs, 0.0);
         let mut rest = w.as_mut_slice();
         for part in &self.parts {
             let (rows, left) = rest.split_at_mut(part.view.elements());
             match &part.role {
                 Role::Frozen => widen(&part.view, 0, rows),
-                Role::Target(index) => copy(values.tensor(*index), rows),
+                Role::Target(index) => point.load(*index, &part.view, rows),
                 Role::Adapted(lora) => {
                     widen(&part.view, 0, rows);
                     let outputs = rows.len() / self.inputs;
@@ -105,8 +108,8 @@ impl Linear<'_> {
                         MatrixMut::new(rows, outputs, self.inputs),
                         Output::Add,
                         lora.scale,
-                        Matrix::new(lora.b.values(values), outputs, lora.rank),
-                        Matrix::new(lora.a.values(values), lora.rank, self.inputs),
+                        Matrix::new(&lora.b.values(point), outputs, lora.rank),
+                        Matrix::new(&lora.a.values(point), lora.rank, self.inputs),
                         Threads::All,
                     );
                 }
@@ -131,8 +134,8 @@ impl Linear<'_> {
         scale: f32,
         y: &mut Vec<f32>,
     ) {
-        y.clear();
-        y.extend_from_slice(residual);
+        y.resize(residual.len(), 0.0);
+        copy(residual, y);
         self.multiply(x, w, Output::Add, scale, y);
         self.add_bias(scale, y);
     }
@@ -160,7 +163,7 @@ impl Linear<'_> {
         scale: f32,
         gradients: &mut Gradients<'_>,
     ) {
-        let n = x.len() / self.inputs;
+        let (n, point) = (x.len() / self.inputs, gradients.point);
         let x = Matrix::new(x, n, self.inputs);
         let mut first = 0;
         for part in &self.parts {
@@ -176,19 +179,20 @@ impl Linear<'_> {
                 Role::Target(index) => add(*index, scale, dy, x, rows, self.inputs),
                 Role::Adapted(lora) => {
                     let (rank, scale) = (lora.rank, scale * lora.scale);
-                    let a = Matrix::new(lora.a.values(gradients.values), rank, self.inputs);
-                    let b = Matrix::new(lora.b.values(gradients.values), rows, rank);
+                    let (a, b) = (lora.a.values(point), lora.b.values(point));
+                    let a = Matrix::new(&a, rank, self.inputs);
+                    let b = Matrix::new(&b, rows, rank);
                     let narrow = |left: Matrix<'_>, right: Matrix<'_>| {
                         let mut product = vec![0.0; n * rank];
                         let out = MatrixMut::new(&mut product, n, rank);
                         matmul(out, Output::Overwrite, 1.0, left, right, Threads::All);
                         product
                     };
-                    if let Factor::Target(index) = lora.b {
+                    if let Factor::Target(index, _) = lora.b {
                         let xa = narrow(x, a.t());
                         add(index, scale, dy, Matrix::new(&xa, n, rank), rows, rank);
                     }
-                    if let Factor::Target(index) = lora.a {
+                    if let Factor::Target(index, _) = lora.a {
                         let db = narrow(dy, b);
                         add(
                             index,
@@ -237,11 +241,19 @@ pub(crate) fn widen(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
     });
 }
 
-fn copy(from: &[f32], to: &mut [f32]) {
+/// Copies in parallel.
+pub(crate) fn copy(from: &[f32], to: &mut [f32]) {
     to.par_chunks_mut(CHUNK)
         .zip(from.par_chunks(CHUNK))
         .for_each(|(to, from)| to.copy_from_slice(from));
 }
 
-/// Elements widened by one task.
-const CHUNK: usize = 1 << 16;
+/// `x += factor * more`, in parallel.
+pub(crate) fn add_scaled(factor: f32, more: &[f32], x: &mut [f32]) {
+    x.par_chunks_mut(CHUNK)
+        .zip(more.par_chunks(CHUNK))
+        .for_each(|(x, more)| x.iter_mut().zip(more).for_each(|(x, y)| *x += factor * y));
+}
+
+/// Elements handled by one task.
+const CHUNK: usize = 1 << 15;

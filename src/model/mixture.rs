@@ -15,7 +15,7 @@ use super::config::{Config, Experts};
 use super::kernels::{dot, glu, simd};
 use super::linear::Gradients;
 use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
-use super::tensors::TargetTensors;
+use super::point::Point;
 use super::weights::{BlockMatrices, GatedLinear};
 
 /// Which tokens went where, kept for the backward.
@@ -57,7 +57,7 @@ impl Mixture {
         &mut self,
         config: &Config,
         experts: &[GatedLinear<'_>],
-        values: &TargetTensors,
+        point: Point<'_>,
         matrices: &mut BlockMatrices,
         y: &[f32],
         routing: &mut Routing,
@@ -75,7 +75,7 @@ impl Mixture {
             if assigned.is_empty() {
                 continue;
             }
-            matrices.load_gated(gated, values);
+            matrices.load_gated(gated, point);
             gather(y, hidden, assigned, &mut self.rows);
             gated
                 .gate_up
@@ -128,7 +128,7 @@ impl Mixture {
             if assigned.is_empty() {
                 continue;
             }
-            matrices.load_gated(gated, gradients.values);
+            matrices.load_gated(gated, gradients.point);
             self.wide.resize(assigned.len() * width, 0.0);
             glu::forward(config.activation, kept, &mut self.wide, width);
             gather(d, hidden, assigned, &mut self.out_rows);

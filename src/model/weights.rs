@@ -15,6 +15,7 @@ use super::adapter::AdapterModule;
 use super::config::{BlockConfig, Config, Experts};
 use super::family::{HeadNormSpan, NormPlacement};
 use super::linear::{Factor, Linear, Lora, Part, Role, widen};
+use super::point::Point;
 use super::targets::{Target, TargetSelection, place_of_module};
 use super::tensors::TargetTensors;
 
@@ -235,18 +236,21 @@ impl<'c> Weights<'c> {
 
     /// The stored values of the targets.
     pub(crate) fn target_values(&self) -> Result<TargetTensors, WeightsError> {
-        let mut values = Vec::with_capacity(self.targets.len());
-        for (target, view) in self.targets.iter().zip(&self.stored) {
-            let mut tensor = vec![0.0; view.elements()];
-            widen(view, 0, &mut tensor);
-            if !tensor.par_iter().all(|x| x.is_finite()) {
-                return Err(WeightsError::NotFinite {
-                    name: target.name.clone(),
-                });
-            }
-            values.push(tensor);
+        let values = (0..self.targets.len()).map(|index| self.stored_target(index));
+        Ok(TargetTensors::new(values.collect::<Result<_, _>>()?))
+    }
+
+    /// The stored values of one target, which are finite.
+    pub(crate) fn stored_target(&self, index: usize) -> Result<Vec<f32>, WeightsError> {
+        let view = &self.stored[index];
+        let mut values = vec![0.0; view.elements()];
+        widen(view, 0, &mut values);
+        match values.par_iter().all(|x| x.is_finite()) {
+            true => Ok(values),
+            false => Err(WeightsError::NotFinite {
+                name: self.targets[index].name.clone(),
+            }),
         }
-        Ok(TargetTensors::new(values))
     }
 
     /// Makes the selected matrices targets.
@@ -285,7 +289,7 @@ impl<'c> Weights<'c> {
                 if selected {
                     let name = view.name.to_owned();
                     let index = weights.add_target(name, shape, block, view);
-                    return Ok(Factor::Target(index));
+                    return Ok(Factor::Target(index, view));
                 }
                 let mut values = vec![0.0; view.elements()];
                 widen(&view, 0, &mut values);
@@ -380,12 +384,12 @@ pub(crate) struct BlockMatrices {
 }
 
 impl BlockMatrices {
-    /// Widens `block`'s matrices, but those of experts, with the targets at `values`.
-    pub(crate) fn load(&mut self, block: &Block<'_>, values: &TargetTensors) {
-        block.qkv.load(values, &mut self.qkv);
-        block.output.load(values, &mut self.output);
+    /// Widens `block`'s matrices, but those of experts, with the targets at `point`.
+    pub(crate) fn load(&mut self, block: &Block<'_>, point: Point<'_>) {
+        block.qkv.load(point, &mut self.qkv);
+        block.output.load(point, &mut self.output);
         match &block.feed_forward {
-            FeedForward::Dense(gated) => self.load_gated(gated, values),
+            FeedForward::Dense(gated) => self.load_gated(gated, point),
             FeedForward::Mixture { router, .. } => {
                 self.router.resize(router.elements(), 0.0);
                 widen(router, 0, &mut self.router);
@@ -394,9 +398,9 @@ impl BlockMatrices {
     }
 
     /// Widens the matrices of one feed-forward layer.
-    pub(crate) fn load_gated(&mut self, gated: &GatedLinear<'_>, values: &TargetTensors) {
-        gated.gate_up.load(values, &mut self.gate_up);
-        gated.down.load(values, &mut self.down);
+    pub(crate) fn load_gated(&mut self, gated: &GatedLinear<'_>, point: Point<'_>) {
+        gated.gate_up.load(point, &mut self.gate_up);
+        gated.down.load(point, &mut self.down);
     }
 }
 

@@ -21,7 +21,7 @@ use super::engine::{Batch, Engine, Gradient, OptimizeError, Set, factor, wrappin
 use super::radius::{Budget, Radius, RadiusPoint, Search};
 use super::step::{Phase, StepRecord};
 use super::{Outcome, Rows, State};
-use crate::model::{EncodedRow, TargetTensors};
+use crate::model::{EncodedRow, Point, TargetTensors};
 
 /// What the first contrast step is to change h - r by, to first order, in nats per token, where no length is given.
 ///
@@ -95,23 +95,20 @@ pub(super) fn run(
             });
         }
     }
-    let w0 = engine.decoder.target_values()?;
     let openings = beginnings(&rows.harmful, settings.first_tokens);
     let refusals = beginnings(&rows.refusals, settings.first_tokens);
     let deciding = [&openings, &refusals].map(|rows| beginnings(rows, held_back::DECIDING));
     let (learn, held_back) = HeldBack::split(&deciding[0], &deciding[1], settings.seed);
     let mut run = Run {
         settings,
-        w0: &w0,
         openings: &openings,
         refusals: &refusals,
         learn,
         held_back: &held_back,
-        guards: Guard::all(engine, rows, &w0, settings.batch)?,
-        w: w0.clone(),
-        delta: w0.zeros_like(),
-        along: w0.zeros_like(),
-        gradient: w0.zeros_like(),
+        guards: Guard::all(engine, rows, settings.batch)?,
+        delta: engine.zeros(),
+        along: engine.zeros(),
+        gradient: engine.zeros(),
         steps: Vec::new(),
     };
     if let Some(state) = resumed {
@@ -121,7 +118,7 @@ pub(super) fn run(
         run.step(engine, phase)?;
     }
     let Run { delta, steps, .. } = run;
-    finish(engine, rows, settings, &w0, delta, steps, &held_back)
+    finish(engine, rows, settings, delta, steps, &held_back)
 }
 
 /// Which kind of step follows `steps`, a function of what they measured alone; `None` at the end.
@@ -158,15 +155,12 @@ fn repairs_in_a_row(steps: &[StepRecord]) -> usize {
 /// A run between two steps, and the buffers of one.
 struct Run<'r> {
     settings: &'r Adaptive,
-    w0: &'r TargetTensors,
     openings: &'r [EncodedRow],
     refusals: &'r [EncodedRow],
     /// Places of the harmful rows that steps learn from, in their order.
     learn: Vec<usize>,
     held_back: &'r HeldBack<'r>,
     guards: Vec<Guard<'r>>,
-    /// w0 + delta.
-    w: TargetTensors,
     delta: TargetTensors,
     /// The last contrast's direction, of norm 1.
     along: TargetTensors,
@@ -190,7 +184,7 @@ impl Run<'_> {
         let repaired = phase == Phase::Repair
             && repairs_in_a_row(&self.steps) + 1 == self.settings.repair_steps;
         if phase == Phase::Contrast || repaired {
-            record.refusing = Some(self.held_back.measure(engine, &self.w)?.refusing);
+            record.refusing = Some(self.held_back.measure(engine, self.point())?.refusing);
         }
         engine.observer.step(&record);
         self.steps.push(record);
@@ -217,14 +211,15 @@ impl Run<'_> {
             .map(|place| self.learn[place])
             .collect();
         let openings = Batch::new(Set::Harmful, self.openings, places.clone());
-        let h = engine.capped_gradient(&self.w, &openings, settings.cap, &mut self.gradient)?;
+        let point = Point::stored().moved(1.0, &self.delta);
+        let h = engine.capped_gradient(point, &openings, settings.cap, &mut self.gradient)?;
         self.along.clear();
         let pushes = h.norm > 0.0;
         if pushes {
             self.along.add_scaled(factor(1.0 / h.norm), &self.gradient);
         }
         let refusals = Batch::new(Set::Refusals, self.refusals, places);
-        let r = engine.gradient(&self.w, &refusals, &mut self.gradient)?;
+        let r = engine.gradient(point, &refusals, &mut self.gradient)?;
         let overlap = self.along.dot(&self.gradient) / r.norm;
         self.along
             .add_scaled(factor(-settings.alpha / r.norm), &self.gradient);
@@ -250,7 +245,7 @@ impl Run<'_> {
         let share = settings.guard_share / self.guards.len() as f64;
         for guard in &self.guards {
             let found =
-                guard.gradient(engine, &self.w, settings.batch, record, &mut self.gradient)?;
+                guard.gradient(engine, point, settings.batch, record, &mut self.gradient)?;
             let Some(Gradient { norm, .. }) = found else {
                 continue;
             };
@@ -271,10 +266,11 @@ impl Run<'_> {
         record: &mut StepRecord,
     ) -> Result<(TargetTensors, f64), OptimizeError> {
         let settings = self.settings;
+        let point = Point::stored().moved(1.0, &self.delta);
         let mut direction = self.delta.zeros_like();
         for guard in &self.guards {
             let found =
-                guard.gradient(engine, &self.w, settings.batch, record, &mut self.gradient)?;
+                guard.gradient(engine, point, settings.batch, record, &mut self.gradient)?;
             if let Some(Gradient { norm, .. }) = found {
                 direction.add_scaled(factor(-1.0 / norm), &self.gradient);
             }
@@ -297,6 +293,11 @@ impl Run<'_> {
         ))
     }
 
+    /// The stored weights plus delta.
+    fn point(&self) -> Point<'_> {
+        Point::stored().moved(1.0, &self.delta)
+    }
+
     /// Places among `learn` of the next contrast step's rows.
     fn next_batch(&self) -> Vec<usize> {
         let contrasts = self
@@ -317,15 +318,12 @@ impl Run<'_> {
                 self.delta.scale(factor(rho / norm));
             }
         }
-        self.w.copy_from(self.w0);
-        self.w.add_scaled(1.0, &self.delta);
     }
 
     fn resume(&mut self, mut state: State) -> Result<(), OptimizeError> {
         let shape: Vec<usize> = self.delta.iter().map(<[f32]>::len).collect();
         [self.delta, self.along] = state.take(["delta", "along"], &shape)?;
         self.steps = state.steps;
-        self.w.add_scaled(1.0, &self.delta);
         Ok(())
     }
 }
@@ -335,7 +333,6 @@ fn finish(
     engine: &mut Engine<'_, '_>,
     rows: &Rows,
     settings: &Adaptive,
-    w0: &TargetTensors,
     mut delta: TargetTensors,
     steps: Vec<StepRecord>,
     held_back: &HeldBack<'_>,
@@ -345,7 +342,7 @@ fn finish(
     delta.scale(factor(1.0 / norm));
     let (radius, radii, at_end) = match settings.rho {
         Radius::Auto(budget) => {
-            let search = Search::new(engine, rows, w0, budget)?;
+            let search = Search::new(engine, rows, budget)?;
             let found = search.largest(engine, &delta, Some(norm))?;
             let at_end = found
                 .tried
@@ -355,7 +352,7 @@ fn finish(
             (found.radius, found.tried, at_end)
         }
         Radius::Fixed(_) => {
-            let search = Search::new(engine, rows, w0, Budget::default())?;
+            let search = Search::new(engine, rows, Budget::default())?;
             (
                 norm,
                 Vec::new(),
@@ -364,10 +361,8 @@ fn finish(
         }
     };
     delta.scale(factor(radius));
-    let mut moved = w0.clone();
-    moved.add_scaled(1.0, &delta);
-    let after = held_back.measure(engine, &moved)?;
-    let before = held_back.measure(engine, w0)?;
+    let after = held_back.measure(engine, Point::stored().moved(1.0, &delta))?;
+    let before = held_back.measure(engine, Point::stored())?;
     let mut results = vec![
         ("delta_norm", delta.norm()),
         ("held_back", after.rows),

@@ -8,7 +8,9 @@ use std::fmt;
 use thiserror::Error;
 
 use super::Observer;
-use crate::model::{Decoder, EncodedRow, LossSum, Pack, PackError, TargetTensors, WeightsError};
+use crate::model::{
+    Decoder, EncodedRow, LossSum, Pack, PackError, Point, TargetTensors, WeightsError,
+};
 
 /// Tokens computed together: enough for matrix products to run at full speed, few enough for activations to stay small.
 pub const PACK_TOKENS: usize = 512;
@@ -165,23 +167,29 @@ impl<'e, 'c> Engine<'e, 'c> {
         }
     }
 
+    /// A buffer for a gradient: zeros.
+    pub(super) fn zeros(&self) -> TargetTensors {
+        let sizes = self.decoder.target_sizes();
+        TargetTensors::new(sizes.into_iter().map(|size| vec![0.0; size]).collect())
+    }
+
     /// Mean loss per predicted token.
     pub(super) fn loss(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         batch: &Batch<'_>,
     ) -> Result<f64, OptimizeError> {
-        self.over_packs(batch, |decoder, _, pack| decoder.loss(values, pack))
+        self.over_packs(batch, |decoder, _, pack| decoder.loss(point, pack))
     }
 
     /// Mean loss, and its gradient in `gradient`, whose old content is dropped. The gradient is finite and not zero.
     pub(super) fn gradient(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         batch: &Batch<'_>,
         gradient: &mut TargetTensors,
     ) -> Result<Gradient, OptimizeError> {
-        let found = self.capped_gradient(values, batch, f64::INFINITY, gradient)?;
+        let found = self.capped_gradient(point, batch, f64::INFINITY, gradient)?;
         self.with_direction(batch, found)
     }
 
@@ -189,7 +197,7 @@ impl<'e, 'c> Engine<'e, 'c> {
     /// token is above the cap.
     pub(super) fn capped_gradient(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         batch: &Batch<'_>,
         cap: f64,
         gradient: &mut TargetTensors,
@@ -198,7 +206,7 @@ impl<'e, 'c> Engine<'e, 'c> {
         let mut count = 0;
         let loss = self.over_packs(batch, |decoder, _, pack| {
             count += pack.predictions.len();
-            decoder.capped_loss_and_gradient(values, pack, cap, gradient)
+            decoder.capped_loss_and_gradient(point, pack, cap, gradient)
         })?;
         self.finish(batch, loss, count, gradient)
     }
@@ -206,12 +214,12 @@ impl<'e, 'c> Engine<'e, 'c> {
     /// The mean loss of each row by itself, in the batch's order.
     pub(super) fn row_losses(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         batch: &Batch<'_>,
     ) -> Result<Vec<f64>, OptimizeError> {
         let mut rows = Vec::with_capacity(batch.places.len());
         self.over_packs(batch, |decoder, _, pack| {
-            let losses = decoder.token_losses(values, pack)?;
+            let losses = decoder.token_losses(point, pack)?;
             let mut of_row = vec![LossSum::default(); pack.starts.len() - 1];
             for (prediction, loss) in pack.predictions.iter().zip(&losses) {
                 let row = pack
@@ -229,12 +237,12 @@ impl<'e, 'c> Engine<'e, 'c> {
     /// What [`Self::divergence`] compares with: hidden states for each pack of the batch.
     pub(super) fn reference(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         batch: &Batch<'_>,
     ) -> Result<Vec<Vec<f32>>, OptimizeError> {
         let mut references = Vec::new();
         self.over_packs(batch, |decoder, _, pack| {
-            references.push(decoder.reference(values, pack)?);
+            references.push(decoder.reference(point, pack)?);
             Ok(LossSum::default())
         })
         .or_else(|error| match error {
@@ -248,19 +256,19 @@ impl<'e, 'c> Engine<'e, 'c> {
     /// Mean KL divergence from the reference per predicted token.
     pub(super) fn divergence(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         batch: &Batch<'_>,
         reference: &[Vec<f32>],
     ) -> Result<f64, OptimizeError> {
         self.over_packs(batch, |decoder, index, pack| {
-            decoder.divergence(values, pack, &reference[index])
+            decoder.divergence(point, pack, &reference[index])
         })
     }
 
     /// Mean KL divergence, and its gradient in `gradient`.
     pub(super) fn divergence_gradient(
         &mut self,
-        values: &TargetTensors,
+        point: Point<'_>,
         batch: &Batch<'_>,
         reference: &[Vec<f32>],
         gradient: &mut TargetTensors,
@@ -269,7 +277,7 @@ impl<'e, 'c> Engine<'e, 'c> {
         let mut count = 0;
         let loss = self.over_packs(batch, |decoder, index, pack| {
             count += pack.predictions.len();
-            decoder.divergence_and_gradient(values, pack, &reference[index], gradient)
+            decoder.divergence_and_gradient(point, pack, &reference[index], gradient)
         })?;
         let found = self.finish(batch, loss, count, gradient)?;
         self.with_direction(batch, found)

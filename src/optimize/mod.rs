@@ -142,6 +142,7 @@ pub fn optimize(
     resumed: Option<State>,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, OptimizeError> {
+    decoder.check_targets()?;
     let mut engine = Engine::new(decoder, observer);
     match settings {
         Settings::Adaptive(adaptive) => adaptive::run(&mut engine, rows, adaptive, resumed),

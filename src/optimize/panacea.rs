@@ -20,7 +20,7 @@ use super::engine::{Batch, Engine, OptimizeError, Set, factor, wrapping};
 use super::radius::{Radius, Search};
 use super::step::{Phase, StepRecord};
 use super::{Outcome, Rows, State};
-use crate::model::TargetTensors;
+use crate::model::{Point, TargetTensors};
 
 /// Added to |grad h| before dividing, so that eps of a zero gradient would be zero; the reference code's value.
 const NORM_EPSILON: f64 = 1e-7;
@@ -101,52 +101,66 @@ pub(super) fn run(
     };
     needs(Set::Harmful, &rows.harmful)?;
     let whole = Batch::whole(Set::Harmful, &rows.harmful);
-    let w0 = engine.decoder.target_values()?;
-    let mut h = w0.zeros_like();
+    let mut h = engine.zeros();
     let mut radii = Vec::new();
     let rho = match settings.rho {
         Radius::Fixed(rho) => rho,
         Radius::Auto(budget) => {
-            let found = engine.gradient(&w0, &whole, &mut h)?;
+            let found = engine.gradient(Point::stored(), &whole, &mut h)?;
             h.scale(factor(1.0 / found.norm));
-            let search = Search::new(engine, rows, &w0, budget)?;
+            let search = Search::new(engine, rows, budget)?;
             let rho = search.largest(engine, &h, None)?;
             radii = rho.tried;
             rho.radius
         }
     };
-    let (w, mut eps, steps) = if settings.steps == 0 {
-        (w0.clone(), TargetTensors::default(), Vec::new())
-    } else {
-        needs(Set::Task, &rows.task)?;
-        let mut run = Run {
-            w: w0.clone(),
-            eps: w0.zeros_like(),
-            adam: AdamW::new(&w0),
-            steps: Vec::new(),
-        };
-        if let Some(state) = resumed {
-            run.resume(state)?;
-        }
-        run.iterate(engine, rows, settings, rho, &w0, &mut h)?;
-        (run.w, run.eps, run.steps)
-    };
-
     let mut results = vec![("rho", rho)];
-    if settings.final_eps == FinalEps::Whole || settings.steps == 0 {
-        engine.step = settings.steps;
-        let found = engine.gradient(&w, &whole, &mut h)?;
-        results.extend([("h_final", found.loss), ("grad_h_final", found.norm)]);
-        h.scale(factor(rho / (found.norm + NORM_EPSILON)));
-        eps = h;
+    if settings.steps == 0 {
+        let eps = eps_of(engine, Point::stored(), &whole, rho, h, &mut results)?;
+        let delta = match settings.part {
+            Part::Sum | Part::Eps => eps,
+            Part::Drift => engine.zeros(),
+        };
+        results.extend([("drift_norm", 0.0), ("delta_norm", delta.norm())]);
+        return Ok(Outcome {
+            delta,
+            steps: Vec::new(),
+            radii,
+            results,
+        });
     }
-    let mut moved = w.clone();
-    moved.add_scaled(1.0, &eps);
-    results.push(("h_final_eps", engine.loss(&moved, &whole)?));
-    drop(moved);
+    needs(Set::Task, &rows.task)?;
+    let w = engine.decoder.target_values()?;
+    let mut run = Run {
+        eps: match settings.final_eps {
+            FinalEps::Whole => TargetTensors::default(),
+            FinalEps::LastBatch => engine.zeros(),
+        },
+        adam: AdamW::new(&w),
+        w,
+        steps: Vec::new(),
+    };
+    if let Some(state) = resumed {
+        run.resume(state)?;
+    }
+    run.iterate(engine, rows, settings, rho, &mut h)?;
+    let Run { w, eps, steps, .. } = run;
+    let eps = match settings.final_eps {
+        FinalEps::Whole => {
+            engine.step = settings.steps;
+            eps_of(engine, Point::at(&w), &whole, rho, h, &mut results)?
+        }
+        FinalEps::LastBatch => {
+            drop(h);
+            let moved = Point::at(&w).moved(1.0, &eps);
+            results.push(("h_final_eps", engine.loss(moved, &whole)?));
+            results.push(("eps_norm", eps.norm()));
+            eps
+        }
+    };
     let mut drift = w;
-    drift.add_scaled(-1.0, &w0);
-    results.extend([("eps_norm", eps.norm()), ("drift_norm", drift.norm())]);
+    engine.decoder.subtract_stored(&mut drift)?;
+    results.push(("drift_norm", drift.norm()));
     let delta = match settings.part {
         Part::Sum => {
             drift.add_scaled(1.0, &eps);
@@ -164,9 +178,27 @@ pub(super) fn run(
     })
 }
 
+/// rho grad H / |grad H| at `point`, in the place of `h`; what is measured on the way goes to `results`.
+fn eps_of(
+    engine: &mut Engine<'_, '_>,
+    point: Point<'_>,
+    whole: &Batch<'_>,
+    rho: f64,
+    mut h: TargetTensors,
+    results: &mut Vec<(&'static str, f64)>,
+) -> Result<TargetTensors, OptimizeError> {
+    let found = engine.gradient(point, whole, &mut h)?;
+    h.scale(factor(rho / (found.norm + NORM_EPSILON)));
+    results.extend([("h_final", found.loss), ("grad_h_final", found.norm)]);
+    results.push(("h_final_eps", engine.loss(point.moved(1.0, &h), whole)?));
+    results.push(("eps_norm", h.norm()));
+    Ok(h)
+}
+
 /// The outer loop's variables.
 struct Run {
     w: TargetTensors,
+    /// The last step's; empty when it is not asked for.
     eps: TargetTensors,
     adam: AdamW,
     steps: Vec<StepRecord>,
@@ -179,27 +211,26 @@ impl Run {
         rows: &Rows,
         settings: &Panacea,
         rho: f64,
-        w0: &TargetTensors,
         h: &mut TargetTensors,
     ) -> Result<(), OptimizeError> {
-        let mut d = w0.zeros_like();
+        let (mut d, mut beyond) = (engine.zeros(), engine.zeros());
         for step in self.steps.len()..settings.steps {
             engine.step = step;
             let places = |len| wrapping(len, settings.batch, step);
             let harmful = Batch::new(Set::Harmful, &rows.harmful, places(rows.harmful.len()));
             let task = Batch::new(Set::Task, &rows.task, places(rows.task.len()));
-            let found_g = engine.gradient(&self.w, &task, &mut d)?;
-            let found_h = engine.gradient(&self.w, &harmful, h)?;
-            // d = grad g + lambda grad h; eps takes the place of h, and h that of grad h(w + eps).
+            let found_g = engine.gradient(Point::at(&self.w), &task, &mut d)?;
+            let found_h = engine.gradient(Point::at(&self.w), &harmful, h)?;
+            // d = grad g + lambda (grad h - grad h(w + eps)), and eps in the place of grad h.
             let lambda = factor(settings.lambda);
             d.add_scaled(lambda, h);
-            self.eps.copy_from(h);
-            self.eps.scale(factor(rho / (found_h.norm + NORM_EPSILON)));
-            let mut moved = self.w.clone();
-            moved.add_scaled(1.0, &self.eps);
-            let found_h_eps = engine.gradient(&moved, &harmful, h)?;
-            drop(moved);
-            d.add_scaled(-lambda, h);
+            h.scale(factor(rho / (found_h.norm + NORM_EPSILON)));
+            let moved = Point::at(&self.w).moved(1.0, h);
+            let found_h_eps = engine.gradient(moved, &harmful, &mut beyond)?;
+            if settings.final_eps == FinalEps::LastBatch {
+                self.eps.copy_from(h);
+            }
+            d.add_scaled(-lambda, &beyond);
             let clip = (CLIP / (d.norm() + 1e-6)).min(1.0);
             d.scale(factor(clip));
             let count = i32::try_from(step + 1).unwrap_or(i32::MAX);
@@ -210,7 +241,7 @@ impl Run {
             self.adam.step(&mut self.w, &mut d, rates, count);
             // d is free until the next gradient is written to it.
             d.copy_from(&self.w);
-            d.add_scaled(-1.0, w0);
+            engine.decoder.subtract_stored(&mut d)?;
             let record = StepRecord {
                 g: Some(found_g.loss),
                 h: Some(found_h.loss),
@@ -244,9 +275,10 @@ impl Run {
 
     fn resume(&mut self, mut state: State) -> Result<(), OptimizeError> {
         let shape = self.w.iter().map(<[f32]>::len).collect::<Vec<_>>();
-        let [w, eps, m, v] = state.take(["w", "eps", "m", "v"], &shape)?;
+        let [w, m, v] = state.take(["w", "m", "v"], &shape)?;
+        let shape = self.eps.iter().map(<[f32]>::len).collect::<Vec<_>>();
+        [self.eps] = state.take(["eps"], &shape)?;
         self.w = w;
-        self.eps = eps;
         self.adam = AdamW { m, v };
         self.steps = state.steps;
         Ok(())

@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::Rows;
 use super::engine::{Batch, Engine, OptimizeError, Set, factor};
-use crate::model::TargetTensors;
+use crate::model::{Point, TargetTensors};
 
 /// Where a search without a limit starts, as a share of the norm of the targets.
 const START: f64 = 1e-3;
@@ -91,7 +91,6 @@ pub(super) struct Found {
 
 /// Measures perturbations of one model against one budget.
 pub(super) struct Search<'s> {
-    w0: &'s TargetTensors,
     benign: Batch<'s>,
     reference: Vec<Vec<f32>>,
     task: Option<(Batch<'s>, f64)>,
@@ -102,7 +101,6 @@ impl<'s> Search<'s> {
     pub(super) fn new(
         engine: &mut Engine<'_, '_>,
         rows: &'s Rows,
-        w0: &'s TargetTensors,
         budget: Budget,
     ) -> Result<Self, OptimizeError> {
         if rows.benign.is_empty() {
@@ -112,17 +110,16 @@ impl<'s> Search<'s> {
             });
         }
         let benign = Batch::whole(Set::Benign, &rows.benign);
-        let reference = engine.reference(w0, &benign)?;
+        let reference = engine.reference(Point::stored(), &benign)?;
         let task = match rows.task.len().min(TASK_ROWS) {
             0 => None,
             some => {
                 let batch = Batch::new(Set::Task, &rows.task, (0..some).collect());
-                let loss = engine.loss(w0, &batch)?;
+                let loss = engine.loss(Point::stored(), &batch)?;
                 Some((batch, loss))
             }
         };
         Ok(Self {
-            w0,
             benign,
             reference,
             task,
@@ -137,12 +134,11 @@ impl<'s> Search<'s> {
         unit: &TargetTensors,
         radius: f64,
     ) -> Result<RadiusPoint, OptimizeError> {
-        let mut moved = self.w0.clone();
-        moved.add_scaled(factor(radius), unit);
-        let kl = engine.divergence(&moved, &self.benign, &self.reference)?;
+        let moved = Point::stored().moved(factor(radius), unit);
+        let kl = engine.divergence(moved, &self.benign, &self.reference)?;
         let task = match &self.task {
             None => None,
-            Some((batch, before)) => Some(engine.loss(&moved, batch)? - before),
+            Some((batch, before)) => Some(engine.loss(moved, batch)? - before),
         };
         Ok(RadiusPoint {
             rho: radius,
@@ -158,6 +154,10 @@ impl<'s> Search<'s> {
         unit: &TargetTensors,
         limit: Option<f64>,
     ) -> Result<Found, OptimizeError> {
+        let start = match limit {
+            Some(limit) => limit,
+            None => START * engine.decoder.target_norm()?,
+        };
         let mut tried = Vec::new();
         let mut within =
             |radius: f64| -> Result<bool, OptimizeError> {
@@ -166,7 +166,6 @@ impl<'s> Search<'s> {
                 Ok(point.kl <= self.budget.kl
                     && point.task.is_none_or(|rise| rise <= self.budget.task))
             };
-        let start = limit.unwrap_or_else(|| START * self.w0.norm());
         let mut inside = None;
         let mut outside = None;
         let mut radius = start;

@@ -27,13 +27,11 @@ pub(super) fn run(
     rows: &Rows,
     settings: &Random,
 ) -> Result<Outcome, OptimizeError> {
-    let w0 = engine.decoder.target_values()?;
-    let sizes: Vec<usize> = w0.iter().map(<[f32]>::len).collect();
-    let mut unit = gaussian(&sizes, settings.seed, 1.0);
+    let mut unit = gaussian(&engine.decoder.target_sizes(), settings.seed, 1.0);
     let (rho, radii) = match settings.rho {
         Radius::Fixed(rho) => (rho, Vec::new()),
         Radius::Auto(budget) => {
-            let found = Search::new(engine, rows, &w0, budget)?.largest(engine, &unit, None)?;
+            let found = Search::new(engine, rows, budget)?.largest(engine, &unit, None)?;
             (found.radius, found.tried)
         }
     };

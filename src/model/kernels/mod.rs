@@ -18,12 +18,6 @@ pub(crate) fn simd<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
 }
 
-/// Overwrites `out` with `x + y`.
-pub(crate) fn add(x: &[f32], y: &[f32], out: &mut Vec<f32>) {
-    out.clear();
-    out.extend(x.iter().zip(y).map(|(x, y)| x + y));
-}
-
 /// How many partial sums a reduction keeps, so that it can be vectorized in a fixed order: one AVX-512 register.
 const LANES: usize = 16;
 

@@ -5,7 +5,7 @@
 use super::super::Rows;
 use super::super::engine::{Batch, Engine, Gradient, OptimizeError, Set, wrapping};
 use super::super::step::StepRecord;
-use crate::model::{EncodedRow, TargetTensors};
+use crate::model::{EncodedRow, Point, TargetTensors};
 
 /// What must hardly move.
 pub(super) enum Guard<'r> {
@@ -20,7 +20,6 @@ impl<'r> Guard<'r> {
     pub(super) fn all(
         engine: &mut Engine<'_, '_>,
         rows: &'r Rows,
-        w0: &TargetTensors,
         size: usize,
     ) -> Result<Vec<Self>, OptimizeError> {
         let mut guards = Vec::new();
@@ -30,7 +29,7 @@ impl<'r> Guard<'r> {
         let places: Vec<usize> = (0..rows.benign.len()).collect();
         let batches = places.chunks(size).map(|places| {
             let batch = Batch::new(Set::Benign, &rows.benign, places.to_vec());
-            let reference = engine.reference(w0, &batch)?;
+            let reference = engine.reference(Point::stored(), &batch)?;
             Ok((batch, reference))
         });
         guards.push(Self::Benign(batches.collect::<Result<_, OptimizeError>>()?));
@@ -42,7 +41,7 @@ impl<'r> Guard<'r> {
     pub(super) fn gradient(
         &self,
         engine: &mut Engine<'_, '_>,
-        values: &TargetTensors,
+        point: Point<'_>,
         size: usize,
         record: &mut StepRecord,
         out: &mut TargetTensors,
@@ -51,14 +50,14 @@ impl<'r> Guard<'r> {
         match self {
             Self::Task(rows) => {
                 let batch = Batch::new(Set::Task, rows, wrapping(rows.len(), size, step));
-                let found = engine.gradient(values, &batch, out)?;
+                let found = engine.gradient(point, &batch, out)?;
                 record.g = Some(found.loss);
                 Ok(Some(found))
             }
             Self::Benign(_) if step == 0 => Ok(None),
             Self::Benign(batches) => {
                 let (batch, reference) = &batches[step % batches.len()];
-                let found = engine.divergence_gradient(values, batch, reference, out)?;
+                let found = engine.divergence_gradient(point, batch, reference, out)?;
                 record.kl = Some(found.loss);
                 Ok(Some(found))
             }

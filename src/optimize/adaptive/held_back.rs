@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
 use super::super::engine::{Batch, Engine, OptimizeError, Set};
-use crate::model::{EncodedRow, TargetTensors};
+use crate::model::{EncodedRow, Point};
 
 /// One of this many harmful rows is held back.
 const ONE_OF: usize = 4;
@@ -60,10 +60,10 @@ impl<'r> HeldBack<'r> {
     pub(super) fn measure(
         &self,
         engine: &mut Engine<'_, '_>,
-        values: &TargetTensors,
+        point: Point<'_>,
     ) -> Result<Measured, OptimizeError> {
-        let h = engine.row_losses(values, &self.openings)?;
-        let r = engine.row_losses(values, &self.refusals)?;
+        let h = engine.row_losses(point, &self.openings)?;
+        let r = engine.row_losses(point, &self.refusals)?;
         let refusing = h.iter().zip(&r).filter(|(h, r)| r < h).count();
         #[expect(clippy::cast_precision_loss, reason = "a handful of rows")]
         let (n, refusing) = (h.len() as f64, refusing as f64);
