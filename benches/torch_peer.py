@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`panacea-patch optimize --method panacea` in PyTorch: the opponent in benchmarks and the judge of results.
 
-    python torch_peer.py MODEL_DIR --harmful H.jsonl [--task G.jsonl] --steps 3 --batch 4 --out delta.safetensors --json
+    python torch_peer.py MODEL_DIR [--adapter PEFT_DIR] --harmful H.jsonl [--task G.jsonl] --steps 3 --batch 4 --out delta.safetensors --json
 
 In: a checkpoint that transformers loads, and rows. A row is text, {"instruction", "input"?, "output"} or {"prompt", "target"|"response"},
 or it is encoded already, {"tokens", "in_loss"}; a file is JSON lines or one object {"rows": [..]}, and `FILE#split=eval` keeps the
@@ -12,7 +12,8 @@ Out: one JSON object. `steps` has g, h, h_eps, grad_h, clip (the factor of clipp
 the whole harmful set's loss before and after, the norms, and the peak resident memory. --out takes the perturbation, w_T - w_0 + eps,
 under the weights' own names, in F32; --parts the same in two parts, `drift.<name>` and `eps.<name>`.
 
-The method, with eps(v) = rho v / |v|, one norm over all targeted tensors, and no weight decay:
+The method, with eps(v) = rho v / |v|, one norm over all targeted tensors, which are the model's own, without weight decay, or with
+--adapter every A and B of that LoRA adapter, under the names that PEFT saves them by, with the reference code's weight decay of 0.1:
 
     w <- AdamW(w, clip_1(grad g(w) - lambda (grad h(w + eps(grad h(w))) - grad h(w))), lr)        T times
     delta = w_T - w_0 + eps(grad H(w_T)), H being the whole harmful set, or with --final-eps last-batch the eps of the last step
@@ -46,6 +47,8 @@ class Settings:
     batch: int = 4
     targets: tuple = ("q_proj", "k_proj", "v_proj")
     final_eps: str = "whole"
+    weight_decay: float = 0.0
+    adapter: bool = False  # the targets are the A and B of the LoRA modules in the model
     padded: bool = True  # False: every row alone, for an oracle that must not depend on padding
 
 
@@ -65,16 +68,19 @@ class Peer:
         self.model, self.harmful, self.task, self.settings = model, harmful, task, settings
         self.names, self.weights = [], []
         for name, weight in model.named_parameters():
-            wanted = any(name.endswith(f".{target}.weight") for target in settings.targets)
+            if settings.adapter:
+                wanted = ".lora_A." in name or ".lora_B." in name
+            else:
+                wanted = any(name.endswith(f".{target}.weight") for target in settings.targets)
             weight.requires_grad_(wanted)
             if wanted:
-                self.names.append(name)
+                self.names.append("base_model.model." + name.replace(".default.", ".") if settings.adapter else name)
                 self.weights.append(weight)
         self.start = [w.detach().clone() for w in self.weights]
 
     def run(self):
         s, log, eps = self.settings, [], None
-        optimizer = torch.optim.AdamW(self.weights, lr=s.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.weights, lr=s.lr, weight_decay=s.weight_decay)
         for t in range(s.steps):
             began = time.perf_counter()
             task, harmful = batch_at(self.task, t, s.batch), batch_at(self.harmful, t, s.batch)
@@ -229,7 +235,9 @@ def main():
     a.add_argument("--lr", type=float, default=Settings.lr)
     a.add_argument("--steps", type=int, default=Settings.steps)
     a.add_argument("--batch", type=int, default=Settings.batch)
-    a.add_argument("--targets", default=",".join(Settings.targets))
+    a.add_argument("--adapter", help="a PEFT directory over the model: its A and B are the targets")
+    a.add_argument("--weight-decay", type=float, help="default: 0, with --adapter 0.1")
+    a.add_argument("--targets", help=f"default: {','.join(Settings.targets)}; not with --adapter")
     a.add_argument("--final-eps", choices=["whole", "last-batch"], default="whole")
     a.add_argument("--rows-alone", action="store_true", help="no padding: each row is a batch of its own")
     a.add_argument("--attention", default="sdpa", help="transformers' attn_implementation")
@@ -241,6 +249,8 @@ def main():
     o = a.parse_args()
     if o.steps and not o.task:
         a.error("--steps above 0 needs --task")
+    if o.adapter and o.targets:
+        a.error("--targets has no effect with --adapter")
     logging.disable_progress_bar()
     if o.threads:
         torch.set_num_threads(o.threads)
@@ -248,7 +258,13 @@ def main():
     harmful = read_rows(o.harmful, render, o.max_length)
     task = read_rows(o.task, render, o.max_length) if o.task else []
     model = AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32, attn_implementation=o.attention).to(o.device).eval()
-    settings = Settings(o.rho, o.lamb, o.lr, o.steps, o.batch, tuple(o.targets.split(",")), o.final_eps, not o.rows_alone)
+    if o.adapter:
+        from peft import PeftModel
+        # The LoRA modules are put into the model itself, which then computes as any other.
+        model = PeftModel.from_pretrained(model, o.adapter, is_trainable=True).get_base_model().eval()
+    decay = o.weight_decay if o.weight_decay is not None else 0.1 if o.adapter else 0.0
+    targets = tuple(o.targets.split(",")) if o.targets else Settings.targets
+    settings = Settings(o.rho, o.lamb, o.lr, o.steps, o.batch, targets, o.final_eps, decay, bool(o.adapter), not o.rows_alone)
     result, drift, eps = Peer(model, harmful, task, settings).run()
     seconds = [step["seconds"] for step in result["steps"]]
     result["seconds_per_step"] = statistics.median(seconds[1:] or seconds) if seconds else None

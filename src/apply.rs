@@ -11,6 +11,7 @@
 //! Bytes and numbers are functions of the inputs alone: chunks have a fixed size, sums run in a fixed order, and randomness
 //! is counted by element, so neither threads nor the division into shards matter.
 
+mod merge;
 mod rounding;
 
 use std::collections::HashMap;
@@ -18,14 +19,14 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use panacea_formats::{
-    BaseProblem, BaseTensor, Checkpoint, DeltaTensor, Destination, Dtype, NotFinite, Observer,
-    Patch, Perturbation, Problems, SideFiles, TensorView, WidenError, WriteError, WrittenFile,
-    check_base, write_checkpoint,
+    BaseProblem, Checkpoint, DeltaTensor, Destination, Dtype, NotFinite, Observer, Patch,
+    Perturbation, PerturbationRecord, Problems, SideFiles, Space, TensorView, WidenError,
+    WriteError, WrittenFile, check_base, write_checkpoint,
 };
 use serde::Serialize;
-use std::collections::BTreeMap;
 use thiserror::Error;
 
+pub use merge::{Merge, MergeError, MergingError, merge};
 pub use rounding::Rounding;
 
 use rounding::Dice;
@@ -97,8 +98,8 @@ pub enum StrengthError {
 #[derive(Clone, Debug)]
 pub struct Wanted<'a> {
     deltas: Vec<DeltaTensor<'a>>,
-    /// The tensors that they were made for, when they come from a file.
-    base: Option<&'a BTreeMap<String, BaseTensor>>,
+    /// What they were made for, when they come from a file.
+    record: Option<&'a PerturbationRecord>,
 }
 
 impl<'a> Wanted<'a> {
@@ -125,14 +126,32 @@ impl<'a> Wanted<'a> {
                 });
             }
         }
-        Ok(Self { deltas, base: None })
+        Ok(Self {
+            deltas,
+            record: None,
+        })
     }
 
-    /// Whether `checkpoint` is what the deltas are for. Those of a file are held against its digests.
-    fn check_base(&self, checkpoint: &Checkpoint) -> Result<(), Problems<BaseProblem>> {
-        if let Some(base) = self.base {
-            return check_base(base, checkpoint);
+    /// Whether `checkpoint` is what the deltas are for. Those of a file are held against its digests, which reads the tensors
+    /// that would be patched once, in parallel.
+    ///
+    /// # Errors
+    /// [`ApplyError::Space`] or [`ApplyError::Base`].
+    pub fn check(&self, checkpoint: &Checkpoint) -> Result<(), ApplyError> {
+        let Some(record) = self.record else {
+            return self.check_shapes(checkpoint).map_err(ApplyError::Base);
+        };
+        let space = Space::of(checkpoint);
+        if record.space != space {
+            return Err(ApplyError::Space {
+                wanted: record.space,
+                found: space,
+            });
         }
+        check_base(&record.base, checkpoint).map_err(ApplyError::Base)
+    }
+
+    fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<(), Problems<BaseProblem>> {
         let problems = self
             .deltas
             .iter()
@@ -164,7 +183,7 @@ impl<'a> From<&'a Perturbation> for Wanted<'a> {
     fn from(perturbation: &'a Perturbation) -> Self {
         Self {
             deltas: perturbation.deltas().collect(),
-            base: Some(&perturbation.record().base),
+            record: Some(perturbation.record()),
         }
     }
 }
@@ -251,7 +270,7 @@ pub fn apply(
     destination: Destination<'_>,
     observer: &impl Observer,
 ) -> Result<Applied, ApplyError> {
-    wanted.check_base(checkpoint).map_err(ApplyError::Base)?;
+    wanted.check(checkpoint)?;
     let addition = Addition {
         deltas: wanted
             .deltas
@@ -271,24 +290,36 @@ pub fn apply(
             _ => tensors.push((name.to_owned(), sums)),
         },
     )?;
+    Ok(Applied {
+        files: written.files,
+        side_files: written.side_files,
+        realized: realized(tensors),
+    })
+}
+
+/// The sums of each tensor, and of all of them, as a report.
+fn realized(tensors: Vec<(String, Sums)>) -> RealizedChange {
     let mut total = Sums::default();
     for (_, sums) in &tensors {
         total.add(sums);
     }
-    Ok(Applied {
-        files: written.files,
-        side_files: written.side_files,
-        realized: RealizedChange {
-            total: total.change(),
-            tensors: tensors
-                .into_iter()
-                .map(|(name, sums)| TensorChange {
-                    name,
-                    change: sums.change(),
-                })
-                .collect(),
-        },
-    })
+    RealizedChange {
+        total: total.change(),
+        tensors: tensors
+            .into_iter()
+            .map(|(name, sums)| TensorChange {
+                name,
+                change: sums.change(),
+            })
+            .collect(),
+    }
+}
+
+/// All values of `tensor`.
+fn widened(tensor: &TensorView<'_>) -> Result<Vec<f32>, WidenError> {
+    let mut values = vec![0.0; tensor.elements()];
+    tensor.widen_into(0..values.len(), &mut values)?;
+    Ok(values)
 }
 
 /// The patch of [`apply`].
@@ -483,9 +514,24 @@ pub enum ApplyError {
         /// The tensor.
         tensor: String,
     },
+    /// For an adapter, and not for weights, or the other way round.
+    #[error("the perturbation is for {}, and this is {}", described(*.wanted), described(*.found))]
+    Space {
+        /// What it is for.
+        wanted: Space,
+        /// What it was to be applied to.
+        found: Space,
+    },
     /// The result could not be computed or written.
     #[error(transparent)]
     Write(#[from] WriteError<AdditionError>),
+}
+
+fn described(space: Space) -> &'static str {
+    match space {
+        Space::Adapter => "a LoRA adapter",
+        _ => "the weights of a whole model",
+    }
 }
 
 /// Why elements could not be patched.

@@ -1,4 +1,5 @@
-//! A checkpoint: the tensors of a Hugging Face directory, or of one `.safetensors` file, and the files that belong to them.
+//! A checkpoint: the tensors of a Hugging Face directory, a PEFT directory, or one `.safetensors` file, and the files that
+//! belong to them.
 //!
 //! In: a path. Out: every tensor by name, whichever shard holds it, and the side files by name. Which files are shards is taken
 //! from the index and never from a directory listing, so that a stale shard beside them is not read.
@@ -29,6 +30,12 @@ pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// The index of a directory that is.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
+/// The weights of a PEFT directory.
+pub const ADAPTER_WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// What makes a directory a PEFT one.
+pub const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
+
 /// An open checkpoint: headers are read, tensors are mapped and untouched.
 ///
 /// Symbolic links are followed, since the snapshots of the Hugging Face cache consist of them.
@@ -45,6 +52,8 @@ pub struct Checkpoint {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layout {
+    /// A PEFT directory: `adapter_config.json` and `adapter_model.safetensors`. What they mean is [`crate::Adapter`]'s to say.
+    Adapter,
     /// A directory with `model.safetensors`.
     Directory,
     /// One `.safetensors` file. Its side files, if any, lie beside it.
@@ -65,7 +74,8 @@ pub struct Shard {
 impl Checkpoint {
     /// Opens the directory or the lone file at `path`, and checks every header and the index.
     ///
-    /// A directory with both `model.safetensors` and an index is read as the former, as transformers does.
+    /// A directory with both `model.safetensors` and an index is read as the former, as transformers does. One with a whole
+    /// model and an adapter is refused, since loaders differ in which of them it is.
     ///
     /// # Errors
     /// When a file is missing or unsound, or the index and the shards disagree; all disagreements are listed.
@@ -74,16 +84,33 @@ impl Checkpoint {
         if !metadata.is_dir() {
             return Self::open_file(path);
         }
-        if path.join(WEIGHTS_FILE).exists() {
-            let file = SafetensorsFile::open(&path.join(WEIGHTS_FILE))?;
-            let shard = Shard {
-                name: WEIGHTS_FILE.to_owned(),
-                file,
-            };
-            return Ok(Self::of(path, Layout::Directory, vec![shard]));
-        }
-        if path.join(INDEX_FILE).exists() {
-            return Self::open_sharded(path);
+        let has = |name: &str| path.join(name).exists();
+        let is_adapter = has(ADAPTER_CONFIG_FILE) || has(ADAPTER_WEIGHTS_FILE);
+        match [WEIGHTS_FILE, INDEX_FILE]
+            .into_iter()
+            .find(|name| has(name))
+        {
+            Some(model) if has(ADAPTER_CONFIG_FILE) && has(ADAPTER_WEIGHTS_FILE) => {
+                return Err(FormatError::new(path, CheckpointError::Ambiguous { model }));
+            }
+            Some(WEIGHTS_FILE) => return Self::open_single(path, Layout::Directory, WEIGHTS_FILE),
+            Some(_) => return Self::open_sharded(path),
+            None if is_adapter => {
+                for name in [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE] {
+                    if !has(name) {
+                        return Err(FormatError::new(
+                            path,
+                            CheckpointError::HalfAdapter {
+                                absent: name,
+                                instead: other_weights(path)
+                                    .filter(|it| it != ADAPTER_WEIGHTS_FILE),
+                            },
+                        ));
+                    }
+                }
+                return Self::open_single(path, Layout::Adapter, ADAPTER_WEIGHTS_FILE);
+            }
+            None => {}
         }
         Err(FormatError::new(
             path,
@@ -91,6 +118,15 @@ impl Checkpoint {
                 instead: other_weights(path),
             },
         ))
+    }
+
+    /// A directory whose weights are the one file `name`.
+    fn open_single(path: &Path, layout: Layout, name: &str) -> Result<Self, FormatError> {
+        let shard = Shard {
+            file: SafetensorsFile::open(&path.join(name))?,
+            name: name.to_owned(),
+        };
+        Ok(Self::of(path, layout, vec![shard]))
     }
 
     fn open_file(path: &Path) -> Result<Self, FormatError> {
@@ -202,7 +238,7 @@ impl Checkpoint {
     pub fn side_files(&self) -> Result<SideFiles, FormatError> {
         match self.layout {
             Layout::LoneFile => Ok(SideFiles::default()),
-            Layout::Directory | Layout::Sharded => {
+            Layout::Adapter | Layout::Directory | Layout::Sharded => {
                 let weights: Vec<&str> = self
                     .shards
                     .iter()
@@ -227,7 +263,7 @@ impl Checkpoint {
     fn directory(&self) -> &Path {
         match self.layout {
             Layout::LoneFile => self.path.parent().unwrap_or(Path::new("")),
-            Layout::Directory | Layout::Sharded => &self.path,
+            Layout::Adapter | Layout::Directory | Layout::Sharded => &self.path,
         }
     }
 }
@@ -253,6 +289,23 @@ fn other_weights(directory: &Path) -> Option<String> {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
+    /// A directory that could be read as a whole model or as an adapter.
+    #[error("it holds an adapter beside `{model}`, and either could be meant")]
+    Ambiguous {
+        /// What makes it a whole model.
+        model: &'static str,
+    },
+    /// One of the two files of a PEFT directory.
+    #[error("it is a PEFT directory without `{absent}`{}", match instead {
+        Some(name) => format!("; `{}` is not read", crate::error::shown(name)),
+        None => String::new(),
+    })]
+    HalfAdapter {
+        /// The other.
+        absent: &'static str,
+        /// Weights in another format.
+        instead: Option<String>,
+    },
     /// The index is not the JSON that an index is.
     #[error("the index is not the JSON that it should be")]
     IndexSyntax {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::checkpoint::CheckpointError;
+use crate::peft::PeftError;
 use crate::perturbation::PerturbationError;
 use crate::safetensors::SafetensorsError;
 
@@ -59,6 +60,9 @@ pub enum FormatErrorKind {
     /// The operating system said no.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// A PEFT directory that is no adapter that can be computed with.
+    #[error(transparent)]
+    Peft(#[from] PeftError),
     /// A sound safetensors file, and not a perturbation that can be applied.
     #[error(transparent)]
     Perturbation(#[from] PerturbationError),

@@ -6,7 +6,8 @@
 //! 1. [`Checkpoint::open`] reads headers, checks them against the files' lengths, and maps the tensors.
 //! 2. [`Perturbation::open`] does the same for what is to be added, and [`check_base`] tells whether it was made for that
 //!    checkpoint.
-//! 3. [`write_checkpoint`] streams a copy with chosen tensors changed into an [`OutputDir`] or [`OutputFile`], which is complete
+//! 3. [`Adapter`] gives the tensors of a PEFT directory their roles, in agreement with its [`AdapterConfig`].
+//! 4. [`write_checkpoint`] streams a copy with chosen tensors changed into an [`OutputDir`] or [`OutputFile`], which is complete
 //!    after its `commit`, and absent before.
 //!
 //! ```no_run
@@ -24,7 +25,7 @@
 //!
 //! Files come from strangers. No length is believed before it was compared with the file's, no product is taken unchecked, no
 //! buffer is sized by a number from a file, and a name that is given twice is refused. Limits: [`MAX_HEADER_BYTES`],
-//! [`MAX_INDEX_BYTES`], [`MAX_DIMENSIONS`], [`MAX_DEPTH`].
+//! [`MAX_INDEX_BYTES`], [`MAX_ADAPTER_CONFIG_BYTES`], [`MAX_DIMENSIONS`], [`MAX_DEPTH`].
 //!
 //! # Platforms
 //!
@@ -37,6 +38,7 @@ mod digest;
 mod dtype;
 mod error;
 pub mod json;
+mod peft;
 mod perturbation;
 mod safetensors;
 mod tensor;
@@ -46,8 +48,9 @@ pub use atomic::{
     WrittenFile,
 };
 pub use checkpoint::{
-    Checkpoint, CheckpointError, INDEX_FILE, IndexProblem, Layout, LeftOut, MAX_DEPTH,
-    MAX_INDEX_BYTES, Shard, SideFile, SideFiles, WEIGHTS_FILE,
+    ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, Checkpoint, CheckpointError, INDEX_FILE,
+    IndexProblem, Layout, LeftOut, MAX_DEPTH, MAX_INDEX_BYTES, Shard, SideFile, SideFiles,
+    WEIGHTS_FILE,
 };
 pub use copy::{
     CHUNK_BYTES, Destination, Observer, Patch, WriteError, WrittenCheckpoint, copied_bytes,
@@ -56,6 +59,10 @@ pub use copy::{
 pub use digest::{DigestParseError, Hasher, Sha256};
 pub use dtype::{Dtype, UnknownDtype};
 pub use error::{FormatError, FormatErrorKind, Problems, nearest, shown};
+pub use peft::{
+    Adapter, AdapterBaseProblem, AdapterConfig, AdapterProblem, LoraModule,
+    MAX_ADAPTER_CONFIG_BYTES, PeftError, SavedTensor, Selected,
+};
 pub use perturbation::{
     AdapterWriteError, BaseProblem, BaseTensor, DIRECTION, DataSource, DeltaTensor, FORMAT_VERSION,
     Form, NotFinite, Perturbation, PerturbationError, PerturbationRecord, PerturbationWriteError,

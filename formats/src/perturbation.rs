@@ -172,7 +172,7 @@ pub enum PerturbationError {
     },
     /// A parameter space that is not known.
     #[error(
-        "its parameter space is `{}`, and only `weights` is supported",
+        "its parameter space is `{}`, and only `adapter` and `weights` are supported",
         shown(found)
     )]
     Space {

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use panacea_formats::{
-    AdapterWriteError, Checkpoint, Committed, DeltaTensor, Layout, OutputDir, OutputError,
-    Overwrite, WrittenFile, write_adapter,
+    ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterWriteError, Checkpoint, Committed,
+    DeltaTensor, Layout, OutputDir, OutputError, Overwrite, WrittenFile, write_adapter,
 };
 
 use super::error::{Exit, Failure};
@@ -53,7 +53,7 @@ impl AdapterOutput {
 
     /// What will be in it.
     pub(super) fn file_names(&self) -> Vec<String> {
-        ["adapter_config.json", "adapter_model.safetensors"]
+        [ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE]
             .map(|name| self.path.join(name).display().to_string())
             .into()
     }

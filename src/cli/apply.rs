@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-use panacea_formats::{Checkpoint, Perturbation, Sha256, check_base};
+use panacea_formats::{Perturbation, Sha256};
 use panacea_patch::apply::{ApplySettings, Wanted};
 use panacea_patch::manifest::{Dependency, Role};
 use serde_json::{Value, json};
 
 use super::args::{ApplyArgs, RoundingName};
 use super::error::Failure;
-use super::find::{self, digests};
 use super::interrupt;
-use super::output::{Origin, Output, byproduct, checkpoint_dependencies};
+use super::model::{Model, Use};
+use super::output::{Origin, Output, byproduct};
 use super::plan::Plan;
 use super::report::{Report, Reporter, Table};
 use super::settings;
@@ -26,16 +26,21 @@ pub(super) fn run(args: &ApplyArgs, reporter: &Reporter) -> Result<(), Failure> 
     }
     let settings = settings::addition(&args.addition, args.seed.unwrap_or(0));
     interrupt::listen()?;
-    let checkpoint = find::open(&args.model, reporter)?;
+    let usage = Use {
+        base: args.base.path.as_deref(),
+        merge: args.merge,
+        computes: false,
+    };
+    let model = Model::open(&args.model, usage, reporter)?;
     let output = Output::plan(
-        &checkpoint,
+        &model,
         args.output.as_deref(),
         &args.writing,
         &[&args.perturbation],
     )?;
     from_file(
         "apply",
-        &checkpoint,
+        &model,
         &args.perturbation,
         settings,
         output,
@@ -47,7 +52,7 @@ pub(super) fn run(args: &ApplyArgs, reporter: &Reporter) -> Result<(), Failure> 
 /// Adds the perturbation in `file`, for `apply` and for the whole job with `--perturbation`.
 pub(super) fn from_file(
     command: &'static str,
-    checkpoint: &Checkpoint,
+    model: &Model,
     file: &Path,
     settings: ApplySettings,
     output: Output,
@@ -63,12 +68,11 @@ pub(super) fn from_file(
     ));
     let digest = perturbation.file().digest();
     if dry_run {
-        check_base(&perturbation.record().base, checkpoint)
-            .map_err(|problems| Failure::of_base(&problems))?;
-        return Plan::of_addition(checkpoint, &perturbation, &output)?.print(command, reporter);
+        Wanted::from(&perturbation).check(&model.checkpoint)?;
+        return Plan::of_addition(model, &perturbation, &output)?.print(command, reporter);
     }
     let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let mut dependencies = checkpoint_dependencies(&digests(checkpoint, &[])?);
+    let mut dependencies = model.inputs(&[])?;
     dependencies.push(Dependency {
         role: Role::Perturbation,
         name: name.clone().into_owned(),
@@ -76,19 +80,15 @@ pub(super) fn from_file(
         digest,
     });
     let origin = Origin {
-        parameters: settings::addition_parameters(settings),
+        parameters: settings::addition_parameters(settings, model),
         dependencies,
         byproducts: vec![byproduct("perturbation", record_json(&perturbation))],
     };
     let wanted = Wanted::from(&perturbation);
-    let written = output.write(checkpoint, &wanted, settings, origin, reporter)?;
+    let written = output.write(model, &wanted, settings, origin, reporter)?;
 
     let mut table = Table::new();
-    table.heading(format!(
-        "patched {} -> {}",
-        checkpoint.path().display(),
-        written.target.display()
-    ));
+    table.heading(written.heading(model));
     table.row(
         "perturbation",
         format!("{}, sha256 {digest}", file.display()),

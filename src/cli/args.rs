@@ -71,12 +71,19 @@ pub(crate) enum Command {
 /// The whole job.
 #[derive(Args, Debug)]
 pub(crate) struct PatchArgs {
-    /// The fine-tuned checkpoint: a Hugging Face directory, or one `.safetensors` file.
+    /// The fine-tuned checkpoint: a Hugging Face directory, a PEFT directory, or one `.safetensors` file.
     ///
-    /// `config.json` and the tokenizer of a lone file are looked for beside it. A path that has the name of a subcommand can be
-    /// given as `./optimize`.
+    /// `config.json` and the tokenizer of a lone file are looked for beside it, those of a LoRA adapter in its base (a tokenizer
+    /// of the adapter's own goes first). A path that has the name of a subcommand can be given as `./optimize`.
     #[arg(value_name = "MODEL", required = true)]
     pub(crate) model: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) base: BaseArgs,
+
+    /// Write the base with the patched adapter merged into it, instead of the patched adapter.
+    #[arg(long, help_heading = OUTPUT)]
+    pub(crate) merge: bool,
 
     /// Where to write the patched checkpoint.
     ///
@@ -107,9 +114,12 @@ pub(crate) struct PatchArgs {
 /// The file is bound to the checkpoint by the digest of every tensor that it perturbs.
 #[derive(Args, Debug)]
 pub(crate) struct OptimizeArgs {
-    /// The fine-tuned checkpoint: a Hugging Face directory, or one `.safetensors` file.
+    /// The fine-tuned checkpoint: a Hugging Face directory, a PEFT directory, or one `.safetensors` file.
     #[arg(value_name = "MODEL")]
     pub(crate) model: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) base: BaseArgs,
 
     /// Where to write the perturbation [default: `<stem>.perturbation.safetensors` beside the model].
     #[arg(short, long, value_name = "FILE", help_heading = OUTPUT)]
@@ -147,6 +157,13 @@ pub(crate) struct ApplyArgs {
     /// The perturbation.
     #[arg(long, value_name = "FILE")]
     pub(crate) perturbation: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) base: BaseArgs,
+
+    /// Write the base with the patched adapter merged into it, instead of the patched adapter.
+    #[arg(long, help_heading = OUTPUT)]
+    pub(crate) merge: bool,
 
     /// Where to write the patched checkpoint [default: as without a subcommand].
     #[arg(short, long, value_name = "PATH", help_heading = OUTPUT)]
@@ -242,6 +259,17 @@ pub(crate) struct SignArgs {
     pub(crate) run: RunArgs,
 }
 
+/// What a LoRA adapter is for.
+#[derive(Args, Debug, Default)]
+pub(crate) struct BaseArgs {
+    /// The model that a LoRA adapter is for.
+    ///
+    /// Default: what its config names, as a path from here or from the adapter's directory, or in the Hugging Face cache.
+    /// Nothing is downloaded.
+    #[arg(long = "base", value_name = "DIR")]
+    pub(crate) path: Option<PathBuf>,
+}
+
 /// Where rows come from, and how they become tokens.
 #[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Data")]
@@ -286,7 +314,7 @@ pub(crate) struct MethodArgs {
     /// The perturbation's norm over all targets, in the weights' unit, or `auto`.
     ///
     /// `auto` is the largest that keeps to `--kl-budget` and `--task-budget`. Default: auto; with `--method panacea` 1, the
-    /// paper's value, which was chosen for LoRA matrices and means something else for full weights.
+    /// paper's value, which was chosen for the A and B of a LoRA adapter and means something else for full weights.
     #[arg(long, value_name = "NUMBER|auto", value_parser = rho)]
     pub(crate) rho: Option<RhoArg>,
 
@@ -298,6 +326,10 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "NUMBER", value_parser = positive, allow_negative_numbers = true)]
     pub(crate) lr: Option<f64>,
 
+    /// AdamW's weight decay [panacea; default: 0, on a LoRA adapter 0.1, the paper's].
+    #[arg(long, value_name = "NUMBER", value_parser = not_negative, allow_negative_numbers = true)]
+    pub(crate) weight_decay: Option<f64>,
+
     /// Steps: of the outer loop [panacea; default: 20 with a task set, else 0], or at most [adaptive].
     #[arg(long, value_name = "N")]
     pub(crate) steps: Option<usize>,
@@ -308,7 +340,8 @@ pub(crate) struct MethodArgs {
 
     /// The matrices to perturb: names of modules separated by commas, or a regular expression for whole module paths.
     ///
-    /// Default: q_proj,k_proj,v_proj, the paper's, and qkv_proj, which some models have in their place.
+    /// Default: q_proj,k_proj,v_proj, the paper's, and qkv_proj, which some models have in their place; of a LoRA adapter, every
+    /// module that it adapts.
     #[arg(long, value_name = "NAMES|REGEX", value_parser = explained::<TargetSelection>)]
     pub(crate) targets: Option<TargetSelection>,
 
@@ -584,6 +617,8 @@ Examples:
       the same in two steps, at half strength
   panacea-patch ./my-finetune --method random --rho 2.5 -o ./control
       the control: noise of the same norm
+  panacea-patch ./my-adapter --base ./llama --harmful h.jsonl --merge -o ./safe
+      a LoRA adapter, patched in its A and B, and merged into its base
   panacea-patch verify ./safe --key release.pub.pem
 
 Exit codes:

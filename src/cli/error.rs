@@ -8,10 +8,11 @@ use std::io;
 use std::path::Path;
 
 use panacea_formats::{
-    BaseProblem, CheckpointError, FormatError, FormatErrorKind, OutputError, OutputErrorKind,
-    PerturbationError, PerturbationWriteError, Problems, WriteError,
+    AdapterBaseProblem, BaseProblem, CheckpointError, FormatError, FormatErrorKind, OutputError,
+    OutputErrorKind, PeftError, PerturbationError, PerturbationWriteError, Problems, Space,
+    WriteError,
 };
-use panacea_patch::apply::ApplyError;
+use panacea_patch::apply::{ApplyError, MergeError};
 use panacea_patch::data::{DataError, DataErrorKind, EncodeError, RowProblem};
 use panacea_patch::manifest::{
     FileNameError, KeyError, SignError, StatementError, TreeError, VerifyError,
@@ -222,8 +223,20 @@ fn format_hint(error: &FormatError) -> Option<String> {
         FormatErrorKind::Checkpoint(CheckpointError::OtherFormat { .. }) => {
             "convert it to safetensors first, for example with transformers' `save_pretrained`"
         }
+        FormatErrorKind::Checkpoint(CheckpointError::Ambiguous { .. }) => {
+            "move the model or the adapter into a directory of its own"
+        }
+        FormatErrorKind::Checkpoint(CheckpointError::HalfAdapter { .. }) => {
+            "give a PEFT directory: `adapter_config.json` and `adapter_model.safetensors`, as `save_pretrained` writes them"
+        }
         FormatErrorKind::Checkpoint(_) => {
             "the download may be incomplete or mixed from two versions; fetch the directory again"
+        }
+        FormatErrorKind::Peft(PeftError::Unsupported { .. } | PeftError::UnknownField { .. }) => {
+            "merge the adapter into its base with PEFT's `merge_and_unload`, and patch the result"
+        }
+        FormatErrorKind::Peft(_) => {
+            "config and tensors are to be as PEFT's `save_pretrained` wrote them; fetch them again"
         }
         FormatErrorKind::Perturbation(PerturbationError::NoRecord { .. }) => {
             "give a file that `panacea-patch optimize` wrote"
@@ -463,6 +476,10 @@ impl From<ApplyError> for Failure {
     fn from(error: ApplyError) -> Self {
         match error {
             ApplyError::Base(problems) => Self::of_base(&problems),
+            ApplyError::Space { wanted, .. } => Self::of(Exit::Refused, &error).hint(match wanted {
+                Space::Adapter => "give the PEFT directory that it was made for",
+                _ => "give the whole model that it was made for; for an adapter, find one with `panacea-patch optimize`",
+            }),
             ApplyError::Write(WriteError::Input(error)) => error.into(),
             ApplyError::Write(WriteError::Output(error)) => error.into(),
             ApplyError::Write(WriteError::Interrupted) => Self::interrupted(),
@@ -474,7 +491,41 @@ impl From<ApplyError> for Failure {
     }
 }
 
+impl From<MergeError> for Failure {
+    fn from(error: MergeError) -> Self {
+        match error {
+            MergeError::Wanted(error) => error.into(),
+            MergeError::Write(WriteError::Input(error)) => error.into(),
+            MergeError::Write(WriteError::Output(error)) => error.into(),
+            MergeError::Write(WriteError::Interrupted) => Self::interrupted(),
+            MergeError::NotFinite { .. } | MergeError::Write(WriteError::Patch { .. }) => {
+                Self::of(Exit::Refused, &error).hint("lower --strength, or leave out --merge")
+            }
+            other => Self::of(Exit::Refused, &other),
+        }
+    }
+}
+
 impl Failure {
+    /// A base that an adapter is not for.
+    pub(crate) fn of_adapter_base(base: &Path, problems: &Problems<AdapterBaseProblem>) -> Self {
+        let first = problems.all().first();
+        Self::doing(
+            Exit::Refused,
+            format!("the adapter does not fit the base `{}`", base.display()),
+            problems,
+        )
+        .hint(match first {
+            Some(AdapterBaseProblem::Tied { .. }) => {
+                "merge it with PEFT, which unties the two, and patch the result"
+            }
+            Some(AdapterBaseProblem::Dtype { .. }) => {
+                "give the base before it was quantized with --base"
+            }
+            _ => "give the model that the adapter was trained on with --base",
+        })
+    }
+
     /// A perturbation for other weights.
     pub(crate) fn of_base(problems: &Problems<BaseProblem>) -> Self {
         let failure = Self::doing(

@@ -1,15 +1,16 @@
 //! Finding a perturbation: everything that can be refused cheaply first, then the minutes or hours of work.
 //!
-//! In: an open checkpoint and a resolved [`Search`]. Out: [`Prepared`], when config, tokenizer, data and targets are sound, and from
+//! In: an open [`Model`] and a resolved [`Search`]. Out: [`Prepared`], when config, tokenizer, data and targets are sound, and from
 //! it [`Found`], the perturbation with what was measured and the record of how it was made.
 
 use std::path::{Path, PathBuf};
 
 use panacea_formats::{
-    BaseProblem, Checkpoint, DataSource, DeltaTensor, FormatError, PerturbationRecord, Problems,
-    Sha256, Space, TensorView, describe_base, shown,
+    Adapter, BaseProblem, Checkpoint, DataSource, DeltaTensor, FormatError, PerturbationRecord,
+    Problems, TensorView, describe_base, shown,
 };
 use panacea_patch::data::{Encoder, Sets, TokenizerFiles};
+use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{
     Activations, Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix,
     place_of_module,
@@ -18,28 +19,28 @@ use panacea_patch::optimize::{
     self, RadiusPoint, Random, Rows, Set, Settings, State, StepRecord, gaussian,
 };
 use panacea_patch::resume::Identity;
-use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::args::WorkArgs;
 use super::error::{Exit, Failure};
+use super::model::{Model, looked_in};
 use super::report::{Reporter, Saver, StepWatch};
 use super::settings::{Search, used_sets};
 
 /// A search whose every input was read and understood.
 pub(super) struct Prepared<'c> {
-    checkpoint: &'c Checkpoint,
+    model: &'c Model,
     search: &'c Search,
     /// Names and shapes, in the order of every list of tensors.
     targets: Vec<(String, Vec<usize>)>,
     /// What computes, where the method needs it.
-    model: Option<Model<'c>>,
+    computing: Option<Computing<'c>>,
     data: Vec<DataSource>,
-    /// Files that decided the result, with the digests of their bytes: weights first.
-    inputs: Vec<(String, Sha256)>,
+    /// Files that decided the result: weights first.
+    inputs: Vec<Dependency>,
 }
 
-struct Model<'c> {
+struct Computing<'c> {
     decoder: Decoder<'c>,
     rows: Rows,
     /// The template, in words.
@@ -56,7 +57,7 @@ pub(super) struct Found {
     pub(super) seconds: Vec<f64>,
     pub(super) radii: Vec<RadiusPoint>,
     pub(super) results: Vec<(&'static str, f64)>,
-    pub(super) inputs: Vec<(String, Sha256)>,
+    pub(super) inputs: Vec<Dependency>,
 }
 
 /// Reads and checks everything that `search` needs.
@@ -64,29 +65,25 @@ pub(super) struct Found {
 /// # Errors
 /// The first input that is refused.
 pub(super) fn prepare<'c>(
-    checkpoint: &'c Checkpoint,
+    model: &'c Model,
     search: &'c Search,
     work: &WorkArgs,
     reporter: &Reporter,
 ) -> Result<Prepared<'c>, Failure> {
     if !search.computes() {
         return Ok(Prepared {
-            targets: targets_by_name(checkpoint, &search.targets)?,
-            model: None,
+            targets: targets_of(model, search.selection().as_ref())?,
+            computing: None,
             data: Vec::new(),
-            inputs: digests(checkpoint, &[])?,
-            checkpoint,
+            inputs: model.inputs(&[])?,
+            model,
             search,
         });
     }
-    let config_path = required_side_file(checkpoint, "config.json")?;
+    let config_path = required_side_file(model.whole(), "config.json")?;
     let config = read_config(&config_path)?;
     let sets = Sets::open(&search.paths)?;
-    let files =
-        TokenizerFiles::find(|name| checkpoint.side_file(name)).map_err(|error| Failure {
-            error: error.to_string(),
-            ..Failure::from(error).because(looked_in(checkpoint))
-        })?;
+    let files = model.tokenizer()?;
     let encoder = Encoder::open(
         &files,
         search.template,
@@ -99,8 +96,9 @@ pub(super) fn prepare<'c>(
         true => Activations::Recompute,
         false => Activations::Keep,
     };
-    let decoder =
-        Decoder::new(config, checkpoint.tensors(), &search.targets)?.with_activations(activations);
+    let decoder = model
+        .decoder(config, search.selection().as_ref())?
+        .with_activations(activations);
     let template = encoder.template().to_string();
     for (set, source) in &used {
         reporter.stage(format!(
@@ -115,14 +113,14 @@ pub(super) fn prepare<'c>(
             .iter()
             .map(|target| (target.name.clone(), target.shape.to_vec()))
             .collect(),
-        model: Some(Model {
+        computing: Some(Computing {
             decoder,
             rows,
             template,
         }),
         data: used.into_iter().map(|(_, source)| source).collect(),
-        inputs: digests(checkpoint, &side_inputs(&config_path, &files))?,
-        checkpoint,
+        inputs: model.inputs(&side_inputs(&config_path, &files))?,
+        model,
         search,
     })
 }
@@ -152,12 +150,14 @@ impl Prepared<'_> {
     /// # Errors
     /// When the config is not known, or a target is something else.
     pub(super) fn require_modules(&self) -> Result<(), Failure> {
-        let known: Vec<String> = match &self.model {
+        let known: Vec<String> = match &self.computing {
             Some(_) => self.targets.iter().map(|(name, _)| name.clone()).collect(),
             None => {
-                let config = read_config(&required_side_file(self.checkpoint, "config.json")?)?;
-                let tensors = self.checkpoint.tensors();
-                let decoder = Decoder::new(config, tensors, &self.search.targets)?;
+                let path = required_side_file(&self.model.checkpoint, "config.json")?;
+                let selection = self.search.selection();
+                let decoder = self
+                    .model
+                    .decoder(read_config(&path)?, selection.as_ref())?;
                 let targets = decoder.targets().iter();
                 targets.map(|target| target.name.clone()).collect()
             }
@@ -182,10 +182,10 @@ impl Prepared<'_> {
     }
 
     /// What computes and on which rows, where the method needs it.
-    pub(super) fn model(&self) -> Option<(&Decoder<'_>, &Rows)> {
-        self.model
+    pub(super) fn computing(&self) -> Option<(&Decoder<'_>, &Rows)> {
+        self.computing
             .as_ref()
-            .map(|model| (&model.decoder, &model.rows))
+            .map(|computing| (&computing.decoder, &computing.rows))
     }
 
     /// The data sets that are used.
@@ -206,8 +206,12 @@ impl Prepared<'_> {
             identity.insert(format!("{} rows", source.role), source.sha256);
             identity.insert(format!("number of {} rows", source.role), source.rows);
         }
-        for (name, digest) in &self.inputs {
-            identity.insert(format!("file {name}"), digest);
+        for input in &self.inputs {
+            let of_base = match input.role {
+                Role::Base => "base ",
+                _ => "",
+            };
+            identity.insert(format!("{of_base}file {}", input.name), input.digest);
         }
         identity
     }
@@ -222,7 +226,7 @@ impl Prepared<'_> {
         resumed: Option<State>,
         reporter: &Reporter,
     ) -> Result<Found, Failure> {
-        let outcome = match self.model {
+        let outcome = match self.computing {
             None => {
                 let Settings::Random(Random { rho, seed }) = &self.search.settings else {
                     return Err(Failure::usage("the method needs a model"));
@@ -248,23 +252,23 @@ impl Prepared<'_> {
                     radii: Vec::new(),
                 }
             }
-            Some(mut model) => {
+            Some(mut computing) => {
                 reporter.stage(format!(
                     "optimizing {} targets of {} elements by method {}, with {}",
                     self.targets.len(),
-                    model
+                    computing
                         .decoder
                         .targets()
                         .iter()
                         .map(|it| it.shape[0] * it.shape[1])
                         .sum::<usize>(),
                     self.search.method(),
-                    model.template,
+                    computing.template,
                 ));
                 let mut watch = StepWatch::new(reporter, saver);
                 let outcome = optimize::optimize(
-                    &mut model.decoder,
-                    &model.rows,
+                    &mut computing.decoder,
+                    &computing.rows,
                     &self.search.settings,
                     resumed,
                     &mut watch,
@@ -280,16 +284,16 @@ impl Prepared<'_> {
                 }
             }
         };
-        self.checkpoint.check_unchanged()?;
+        self.model.check_unchanged()?;
         let names = self.targets.iter().map(|(name, _)| name.as_str());
-        let base =
-            describe_base(self.checkpoint, names).map_err(|problems| not_patchable(&problems))?;
+        let base = describe_base(&self.model.checkpoint, names)
+            .map_err(|problems| not_patchable(&problems))?;
         Ok(Found {
             record: PerturbationRecord {
                 method: self.search.method().to_owned(),
                 parameters: self.search.parameters(),
                 seed: self.search.seed,
-                space: Space::Weights,
+                space: self.model.space(),
                 base,
                 data: self.data,
                 tool: format!("panacea-patch {}", env!("CARGO_PKG_VERSION")),
@@ -352,20 +356,6 @@ impl Found {
     }
 }
 
-/// Opens the checkpoint at `path`.
-///
-/// # Errors
-/// When it is refused.
-pub(super) fn open(path: &Path, reporter: &Reporter) -> Result<Checkpoint, Failure> {
-    let checkpoint = Checkpoint::open(path)?;
-    let tensors = checkpoint.tensors().count();
-    reporter.stage(format!(
-        "read the headers of {}: {tensors} tensors",
-        path.display()
-    ));
-    Ok(checkpoint)
-}
-
 /// Reads a `config.json`.
 ///
 /// # Errors
@@ -374,6 +364,44 @@ pub(super) fn read_config(path: &Path) -> Result<Config, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| Failure::from(FormatError::new(path, error)))?;
     Config::parse(&text).map_err(|error| Failure::of_config(path, &error))
+}
+
+/// The targets that `selection` names, without computing; of an adapter its A and B, all of them without a selection.
+fn targets_of(
+    model: &Model,
+    selection: Option<&TargetSelection>,
+) -> Result<Vec<(String, Vec<usize>)>, Failure> {
+    match model.adapter()? {
+        Some(adapter) => targets_of_adapter(&adapter, selection),
+        None => targets_by_name(&model.checkpoint, &selection.cloned().unwrap_or_default()),
+    }
+}
+
+/// A and B of the modules that `selection` names, or of all, in the order of a decoder's targets: A before B, modules as
+/// [`targets_by_name`] has them.
+///
+/// # Errors
+/// When there are none.
+pub(super) fn targets_of_adapter(
+    adapter: &Adapter<'_>,
+    selection: Option<&TargetSelection>,
+) -> Result<Vec<(String, Vec<usize>)>, Failure> {
+    let mut modules: Vec<_> = adapter
+        .modules()
+        .iter()
+        .filter(|module| selection.is_none_or(|it| it.selects(module.path)))
+        .collect();
+    modules.sort_by(|a, b| place_of_module(a.path).cmp(&place_of_module(b.path)));
+    if !modules.is_empty() {
+        let stored = |tensor: &TensorView<'_>| (tensor.name.to_owned(), tensor.shape.to_vec());
+        return Ok(modules
+            .into_iter()
+            .flat_map(|module| [stored(&module.a), stored(&module.b)])
+            .collect());
+    }
+    let wanted = selection.map(ToString::to_string).unwrap_or_default();
+    let paths = adapter.modules().iter().map(|module| module.path);
+    Err(no_target(&wanted, paths.collect(), "adapted modules"))
 }
 
 /// The matrices that `selection` names, without a model: 2-D, of a type that can be patched, ordered as a decoder's targets
@@ -404,30 +432,40 @@ pub(super) fn targets_by_name(
     if !targets.is_empty() {
         return Ok(targets);
     }
-    let modules: Vec<&str> = matrices
-        .iter()
-        .filter_map(|tensor| module_of(tensor.name).rsplit('.').next())
-        .collect();
-    let wanted = selection.to_string();
+    let names = matrices.iter().map(|tensor| tensor.name).collect();
+    Err(no_target(
+        &selection.to_string(),
+        names,
+        "matrices that can be patched",
+    ))
+}
+
+/// A selection that names none of `names`, which are `what`.
+fn no_target(wanted: &str, names: Vec<&str>, what: &str) -> Failure {
+    let last_parts = || {
+        names
+            .iter()
+            .filter_map(|name| module_of(name).rsplit('.').next())
+    };
     let nearest = wanted
         .split(',')
-        .find_map(|name| panacea_formats::nearest(name, modules.iter().copied()));
+        .find_map(|name| panacea_formats::nearest(name, last_parts()));
     let failure = Failure::new(
         Exit::Refused,
-        format!("targets `{}` match no matrix", shown(&wanted)),
+        format!("targets `{}` match no matrix", shown(wanted)),
     )
-    .because(match matrices.first() {
+    .because(match names.first() {
         Some(first) => format!(
-            "none of {} matrices that can be patched is named so; the first is `{}`",
-            matrices.len(),
-            shown(first.name)
+            "none of {} {what} is named so; the first is `{}`",
+            names.len(),
+            shown(first)
         ),
         None => "the checkpoint has no matrix of type F32, F16 or BF16".to_owned(),
     });
-    Err(failure.hint(match nearest {
+    failure.hint(match nearest {
         Some(nearest) => format!("did you mean --targets {}?", shown(nearest)),
         None => "name modules of the checkpoint with --targets".to_owned(),
-    }))
+    })
 }
 
 fn module_of(tensor: &str) -> &str {
@@ -481,22 +519,6 @@ fn required_side_file(checkpoint: &Checkpoint, name: &str) -> Result<PathBuf, Fa
     })
 }
 
-fn looked_in(checkpoint: &Checkpoint) -> String {
-    let path = checkpoint.path();
-    match checkpoint.layout() {
-        panacea_formats::Layout::LoneFile => {
-            let parent = path
-                .parent()
-                .filter(|parent| !parent.as_os_str().is_empty());
-            format!(
-                "it was looked for beside the file, in `{}`",
-                parent.unwrap_or(Path::new(".")).display()
-            )
-        }
-        _ => format!("it was looked for in `{}`", path.display()),
-    }
-}
-
 /// The files besides weights that decide the result.
 fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
     let mut paths = vec![config.to_owned(), files.tokenizer.clone()];
@@ -513,25 +535,6 @@ fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
     );
     paths.sort();
     paths
-}
-
-/// The digests of the weights' files and of `side`, by file name.
-pub(super) fn digests(
-    checkpoint: &Checkpoint,
-    side: &[PathBuf],
-) -> Result<Vec<(String, Sha256)>, Failure> {
-    let mut digests: Vec<(String, Sha256)> = checkpoint
-        .files()
-        .par_iter()
-        .map(|shard| (shard.name.clone(), shard.file.digest()))
-        .collect();
-    for path in side {
-        let digest =
-            Sha256::of_file(path).map_err(|error| Failure::from(FormatError::new(path, error)))?;
-        let name = path.file_name().unwrap_or_default();
-        digests.push((name.to_string_lossy().into_owned(), digest));
-    }
-    Ok(digests)
 }
 
 fn not_patchable(problems: &Problems<BaseProblem>) -> Failure {

@@ -1,5 +1,6 @@
 //! `inspect`: what a checkpoint, a perturbation, a manifest or a signature holds. Nothing is verified.
 
+mod adapter;
 mod energy;
 mod ranks;
 
@@ -88,6 +89,7 @@ fn checkpoint(
     let tensors: Vec<TensorView<'_>> = checkpoint.tensors().collect();
     let parameters: usize = tensors.iter().map(TensorView::elements).sum();
     let layout = match checkpoint.layout() {
+        Layout::Adapter => "LoRA adapter",
         Layout::LoneFile => "one file",
         Layout::Sharded => "directory with shards",
         _ => "directory",
@@ -117,31 +119,27 @@ fn checkpoint(
     for (dtype, elements) in &dtypes {
         table.row("stored as", format!("{dtype}: {elements}"));
     }
-    let config = config(&checkpoint, table);
+    let is_adapter = checkpoint.layout() == Layout::Adapter;
+    let config = match is_adapter {
+        true => Value::Null,
+        false => config(&checkpoint, table),
+    };
     let tokenizer = checkpoint.side_file("tokenizer.json").is_some();
     table.row(
         "tokenizer",
-        if tokenizer { "tokenizer.json" } else { "none" },
+        match (tokenizer, is_adapter) {
+            (true, _) => "tokenizer.json",
+            (false, true) => "none of its own",
+            (false, false) => "none",
+        },
     );
-    let selection = selection.cloned().unwrap_or_default();
-    let targets = match targets_by_name(&checkpoint, &selection) {
-        Ok(targets) => {
-            let elements: usize = targets
-                .iter()
-                .map(|(_, shape)| shape.iter().product::<usize>())
-                .sum();
-            table.row(
-                "targets",
-                format!(
-                    "{selection}: {elements} elements in {} tensors",
-                    targets.len()
-                ),
-            );
-            json!({"selection": selection.to_string(), "tensors": targets.len(), "elements": elements})
-        }
-        Err(failure) => {
-            table.row("targets", failure.error);
-            Value::Null
+    let (adapter, targets) = match is_adapter {
+        true => adapter::describe(&checkpoint, selection, table),
+        false => {
+            let selection = selection.cloned().unwrap_or_default();
+            let targets = targets_by_name(&checkpoint, &selection);
+            let targets = targets_row(&selection.to_string(), targets, table);
+            (Value::Null, targets)
         }
     };
     let not_finite = not_finite(&tensors)?;
@@ -171,6 +169,7 @@ fn checkpoint(
         "parameters": parameters,
         "dtypes": dtypes,
         "config": config,
+        "adapter": adapter,
         "tokenizer": tokenizer,
         "targets": targets,
         "not_finite": not_finite
@@ -180,6 +179,34 @@ fn checkpoint(
         "manifest": manifest,
         "signature": signature,
     }))
+}
+
+/// Tells which tensors `selection` names.
+fn targets_row(
+    selection: &str,
+    targets: Result<Vec<(String, Vec<usize>)>, Failure>,
+    table: &mut Table,
+) -> Value {
+    match targets {
+        Ok(targets) => {
+            let elements: usize = targets
+                .iter()
+                .map(|(_, shape)| shape.iter().product::<usize>())
+                .sum();
+            table.row(
+                "targets",
+                format!(
+                    "{selection}: {elements} elements in {} tensors",
+                    targets.len()
+                ),
+            );
+            json!({"selection": selection, "tensors": targets.len(), "elements": elements})
+        }
+        Err(failure) => {
+            table.row("targets", failure.error);
+            Value::Null
+        }
+    }
 }
 
 fn config(checkpoint: &Checkpoint, table: &mut Table) -> Value {

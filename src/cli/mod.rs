@@ -6,12 +6,14 @@
 mod adapter;
 mod apply;
 mod args;
+mod base;
 mod error;
 mod find;
 mod form;
 mod inspect;
 mod interrupt;
 mod keygen;
+mod model;
 mod optimize;
 mod output;
 mod patch;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use panacea_formats::{Committed, OutputFile, Overwrite, write_perturbation};
+use panacea_formats::{Committed, OutputFile, Overwrite, Space, write_perturbation};
 use panacea_patch::optimize;
 use panacea_patch::resume::{self, Identity};
 use serde_json::{Map, Value, json};
@@ -13,6 +13,7 @@ use super::error::{Exit, Failure};
 use super::find::{self, Found};
 use super::form::FormChoice;
 use super::interrupt;
+use super::model::{Model, Use};
 use super::output::{default_perturbation, files_json};
 use super::plan::Plan;
 use super::report::{Report, Reporter, Saver, Table, bytes, number, percent};
@@ -22,17 +23,28 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
     let search = Search::resolve(&args.method, &args.data)?;
     let form = FormChoice::of(&args.form);
     interrupt::listen()?;
-    let checkpoint = find::open(&args.model, reporter)?;
+    let usage = Use {
+        base: args.base.path.as_deref(),
+        merge: false,
+        computes: search.computes(),
+    };
+    let model = Model::open(&args.model, usage, reporter)?;
+    if args.form.peft.is_some() && model.space() == Space::Adapter {
+        return Err(Failure::usage("`--peft` has no effect on a LoRA adapter")
+            .because("its perturbation is of A and B, and has no adapter of its own")
+            .hint("leave out `--peft`; `panacea-patch apply` writes the patched adapter"));
+    }
+    let search = search.in_space(model.space());
     let target = match &args.output {
         Some(path) => path.clone(),
-        None => default_perturbation(&checkpoint)?,
+        None => default_perturbation(&model.checkpoint)?,
     };
     let overwrite = match args.force {
         true => Overwrite::Replace,
         false => Overwrite::Never,
     };
     let mut inputs: Vec<PathBuf> = search.data_files();
-    inputs.push(args.model.clone());
+    inputs.extend(model.paths().into_iter().map(Path::to_owned));
     // One that is missing is reported by whoever opens it.
     let inputs: Vec<&Path> = inputs
         .iter()
@@ -40,7 +52,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         .filter(|path| path.exists())
         .collect();
     OutputFile::check(&target, overwrite, &inputs, 0)?;
-    let prepared = find::prepare(&checkpoint, &search, &args.work, reporter)?;
+    let prepared = find::prepare(&model, &search, &args.work, reporter)?;
     let size = form.bytes(prepared.targets()) + header_room(prepared.targets());
     OutputFile::check(&target, overwrite, &inputs, size)?;
     let adapter = match &args.form.peft {
@@ -53,7 +65,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         None => None,
     };
     if args.dry_run {
-        let mut plan = Plan::of_search(&checkpoint, &search, &prepared, form, &target, size);
+        let mut plan = Plan::of_search(&model, &search, &prepared, form, &target, size);
         if let Some(adapter) = &adapter {
             plan.add_adapter(&adapter.file_names(), size);
         }
@@ -76,7 +88,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
     let mut files = vec![file.clone()];
     if let Some(adapter) = &adapter {
         reporter.stage(format!("writing {}", adapter.path().display()));
-        let (written, committed) = adapter.write(&checkpoint, &made.deltas(&found))?;
+        let (written, committed) = adapter.write(&model.checkpoint, &made.deltas(&found))?;
         files.extend(written);
         tell_of_leavings(committed, reporter);
     }

@@ -10,7 +10,7 @@ use panacea_formats::{
     Checkpoint, Committed, Destination, Layout, OutputDir, OutputFile, Overwrite, Sha256,
     SideFiles, WrittenFile, copied_bytes, shown,
 };
-use panacea_patch::apply::{ApplySettings, RealizedChange, Wanted, apply};
+use panacea_patch::apply::{ApplySettings, RealizedChange, Wanted};
 use panacea_patch::manifest::{
     Byproduct, Dependency, FileDigest, FileName, MANIFEST_NAME, PrivateKey, Provenance, Role,
     SIGNATURE_NAME, Signature, Statement, Timestamp, ignored_by_default, manifest_path,
@@ -20,6 +20,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::WritingArgs;
 use super::error::{Exit, Failure};
+use super::model::Model;
 use super::report::{CopyWatch, Reporter, Table, bytes, number, percent};
 
 /// A place for a patched checkpoint that was free, or may be replaced, when it was looked at.
@@ -49,32 +50,33 @@ pub(super) struct Written {
 pub(super) struct Origin {
     /// The options that change bytes.
     pub(super) parameters: Map<String, Value>,
-    /// Inputs other than the files of the checkpoint that are copied.
+    /// Inputs other than the side files that are copied.
     pub(super) dependencies: Vec<Dependency>,
     /// What was measured on the way.
     pub(super) byproducts: Vec<Byproduct>,
 }
 
 impl Output {
-    /// Looks at where `checkpoint` would go, before any work is done for it. Writes nothing.
+    /// Looks at where the patched `model` would go, before any work is done for it. Writes nothing.
     ///
     /// # Errors
     /// When the place, the key, or the names of the files are refused, or the disk has no room.
     pub(super) fn plan(
-        checkpoint: &Checkpoint,
+        model: &Model,
         given: Option<&Path>,
         args: &WritingArgs,
         other_inputs: &[&Path],
     ) -> Result<Self, Failure> {
         let target = match given {
             Some(path) => path.to_owned(),
-            None => default_target(checkpoint)?,
+            None => default_target(model)?,
         };
         let overwrite = match args.force {
             true => Overwrite::Replace,
             false => Overwrite::Never,
         };
-        let mut inputs = vec![checkpoint.path().to_owned()];
+        let checkpoint = model.copied();
+        let mut inputs: Vec<PathBuf> = model.paths().into_iter().map(Path::to_owned).collect();
         // One that is missing is reported by whoever opens it.
         let others = other_inputs.iter().filter(|path| path.exists());
         inputs.extend(others.map(|path| (*path).to_owned()));
@@ -112,28 +114,28 @@ impl Output {
         self.key.is_some()
     }
 
-    /// Writes `checkpoint` with `wanted` added.
+    /// Writes `model` with `wanted` added.
     ///
     /// # Errors
     /// When anything fails or the work is interrupted; the target is then as it was.
     pub(super) fn write(
         self,
-        checkpoint: &Checkpoint,
+        model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
         origin: Origin,
         reporter: &Reporter,
     ) -> Result<Written, Failure> {
-        let total = copied_bytes(checkpoint)?;
+        let total = copied_bytes(model.copied())?;
         reporter.stage(format!(
             "writing {}: {}",
             self.target.display(),
             bytes(total)
         ));
         let watch = CopyWatch::new(reporter, total);
-        let written = match checkpoint.layout() {
-            Layout::LoneFile => self.write_file(checkpoint, wanted, settings, origin, &watch),
-            _ => self.write_directory(checkpoint, wanted, settings, origin, &watch),
+        let written = match model.copied().layout() {
+            Layout::LoneFile => self.write_file(model, wanted, settings, origin, &watch),
+            _ => self.write_directory(model, wanted, settings, origin, &watch),
         };
         watch.finish();
         let (written, side_files, committed) = written?;
@@ -149,21 +151,16 @@ impl Output {
 
     fn write_directory(
         self,
-        checkpoint: &Checkpoint,
+        model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
         origin: Origin,
         watch: &CopyWatch,
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let mut output = OutputDir::create(&self.target, self.overwrite, &self.inputs())?;
-        output.require_space(copied_bytes(checkpoint)?.saturating_add(MANIFEST_ROOM))?;
-        let applied = apply(
-            checkpoint,
-            wanted,
-            settings,
-            Destination::Directory(&mut output),
-            watch,
-        )?;
+        output.require_space(copied_bytes(model.copied())?.saturating_add(MANIFEST_ROOM))?;
+        let destination = Destination::Directory(&mut output);
+        let applied = model.add(wanted, settings, destination, watch)?;
         let ignored = ignored_by_default(Some(SIGNATURE_NAME.parse()?));
         // The repository's own files are in no signature, so that they may change; nor are they subjects of the manifest.
         let mut listed: Vec<FileDigest> = Vec::new();
@@ -176,7 +173,7 @@ impl Output {
                 });
             }
         }
-        let copies = copied_dependencies(&applied.side_files, &applied.files);
+        let copies = copied_dependencies(&applied.side_files, &applied.files, &model.copied_role());
         let provenance = origin.provenance(copies, &applied.realized, self.finished_on);
         let manifest = Statement::new(listed.clone(), provenance)?.to_json();
         let mut files = applied.files;
@@ -202,7 +199,7 @@ impl Output {
 
     fn write_file(
         self,
-        checkpoint: &Checkpoint,
+        model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
         origin: Origin,
@@ -210,14 +207,8 @@ impl Output {
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let inputs = self.inputs();
         let mut output = OutputFile::create(&self.target, self.overwrite, &inputs)?;
-        output.require_space(copied_bytes(checkpoint)?.saturating_add(MANIFEST_ROOM))?;
-        let applied = apply(
-            checkpoint,
-            wanted,
-            settings,
-            Destination::File(&mut output),
-            watch,
-        )?;
+        output.require_space(copied_bytes(model.copied())?.saturating_add(MANIFEST_ROOM))?;
+        let applied = model.add(wanted, settings, Destination::File(&mut output), watch)?;
         let weights = output.finish()?;
         let provenance = origin.provenance(Vec::new(), &applied.realized, self.finished_on);
         let subject = FileDigest {
@@ -295,7 +286,8 @@ impl Origin {
     ) -> Provenance {
         let mut dependencies = self.dependencies;
         for copy in copies {
-            if !dependencies.iter().any(|known| known.name == copy.name) {
+            let same = |known: &Dependency| known.name == copy.name && known.role == copy.role;
+            if !dependencies.iter().any(same) {
                 dependencies.push(copy);
             }
         }
@@ -316,6 +308,18 @@ impl Written {
     /// The files in a report.
     pub(super) fn files_json(&self) -> Vec<Value> {
         files_json(&self.files)
+    }
+
+    /// What was made of what.
+    pub(super) fn heading(&self, model: &Model) -> String {
+        let (from, target) = (model.checkpoint.path().display(), self.target.display());
+        match model.merges() {
+            true => format!(
+                "patched {from}, merged into {} -> {target}",
+                model.whole().path().display()
+            ),
+            false => format!("patched {from} -> {target}"),
+        }
     }
 
     /// What people read of it.
@@ -392,34 +396,32 @@ pub(super) fn object(value: Value) -> Map<String, Value> {
     }
 }
 
-/// Files of the checkpoint as inputs.
-pub(super) fn checkpoint_dependencies(files: &[(String, Sha256)]) -> Vec<Dependency> {
-    files
+/// The side files that were copied, as inputs: their digests are those of the copies.
+fn copied_dependencies(
+    side_files: &SideFiles,
+    written: &[WrittenFile],
+    role: &Role,
+) -> Vec<Dependency> {
+    let digest_of = |name: &str| written.iter().find(|file| file.name == name);
+    side_files
+        .copied
         .iter()
-        .map(|(name, digest)| Dependency {
-            role: Role::Checkpoint,
-            name: name.clone(),
-            uri: None,
-            digest: *digest,
+        .filter_map(|file| {
+            Some(Dependency {
+                role: role.clone(),
+                name: file.name.clone(),
+                uri: None,
+                digest: digest_of(&file.name)?.sha256,
+            })
         })
         .collect()
 }
 
-/// The side files that were copied: their digests are those of the copies.
-fn copied_dependencies(side_files: &SideFiles, written: &[WrittenFile]) -> Vec<Dependency> {
-    let digest_of = |name: &str| written.iter().find(|file| file.name == name);
-    let copied: Vec<(String, Sha256)> = side_files
-        .copied
-        .iter()
-        .filter_map(|file| Some((file.name.clone(), digest_of(&file.name)?.sha256)))
-        .collect();
-    checkpoint_dependencies(&copied)
-}
-
-/// `<dir>-panacea` or `<stem>.panacea.<extension>` beside the checkpoint.
-fn default_target(checkpoint: &Checkpoint) -> Result<PathBuf, Failure> {
-    let path = named_path(checkpoint.path())?;
-    Ok(match checkpoint.layout() {
+/// `<dir>-panacea` or `<stem>.panacea.<extension>` beside the checkpoint; for a merged file, `<dir>-panacea.safetensors`.
+fn default_target(model: &Model) -> Result<PathBuf, Failure> {
+    let path = named_path(model.checkpoint.path())?;
+    Ok(match model.copied().layout() {
+        Layout::LoneFile if model.merges() => with_suffix(&path, "-panacea.safetensors"),
         Layout::LoneFile => {
             let extension = path.extension().unwrap_or_default().to_string_lossy();
             path.with_extension(format!("panacea.{extension}"))

@@ -11,42 +11,36 @@ use super::args::PatchArgs;
 use super::error::Failure;
 use super::find::{self, Found};
 use super::interrupt;
+use super::model::{Model, Use};
 use super::optimize::{State, describe, results_json};
-use super::output::{Origin, Output, byproduct, checkpoint_dependencies};
+use super::output::{Origin, Output, byproduct};
 use super::plan::Plan;
 use super::report::{Report, Reporter, Table};
 use super::settings::{self, Search};
 
 pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> {
-    let Some(model) = &args.model else {
+    let Some(path) = &args.model else {
         return Err(Failure::usage("no model is given").hint("see `panacea-patch --help`"));
     };
     let addition = settings::addition(&args.addition, args.method.seed.unwrap_or(0));
     if let Some(file) = &args.perturbation {
         settings::refuse_search_flags(args)?;
         interrupt::listen()?;
-        let checkpoint = find::open(model, reporter)?;
-        let output = Output::plan(&checkpoint, args.output.as_deref(), &args.writing, &[file])?;
+        let model = Model::open(path, of_base(args, false), reporter)?;
+        let output = Output::plan(&model, args.output.as_deref(), &args.writing, &[file])?;
         let dry_run = args.writing.dry_run;
-        return apply::from_file(
-            COMMAND,
-            &checkpoint,
-            file,
-            addition,
-            output,
-            dry_run,
-            reporter,
-        );
+        return apply::from_file(COMMAND, &model, file, addition, output, dry_run, reporter);
     }
     let search = Search::resolve(&args.method, &args.data)?;
     interrupt::listen()?;
-    let checkpoint = find::open(model, reporter)?;
+    let model = Model::open(path, of_base(args, search.computes()), reporter)?;
+    let search = search.in_space(model.space());
     let data: Vec<PathBuf> = search.data_files();
     let data: Vec<&Path> = data.iter().map(PathBuf::as_path).collect();
-    let output = Output::plan(&checkpoint, args.output.as_deref(), &args.writing, &data)?;
-    let prepared = find::prepare(&checkpoint, &search, &args.work, reporter)?;
+    let output = Output::plan(&model, args.output.as_deref(), &args.writing, &data)?;
+    let prepared = find::prepare(&model, &search, &args.work, reporter)?;
     if args.writing.dry_run {
-        return Plan::of_job(&checkpoint, &search, &prepared, &output)?.print(COMMAND, reporter);
+        return Plan::of_job(&model, &search, &prepared, &output)?.print(COMMAND, reporter);
     }
     let state = State::beside(output.target(), &args.work);
     let resumed = state.resumed(&prepared.identity(), reporter)?;
@@ -55,7 +49,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         .run(saver, resumed, reporter)
         .map_err(|failure| state.explain(failure))?;
 
-    let mut parameters = settings::addition_parameters(addition);
+    let mut parameters = settings::addition_parameters(addition, &model);
     parameters.insert("method".to_owned(), json!(found.record.method));
     parameters.insert("seed".to_owned(), json!(found.record.seed));
     parameters.extend(found.record.parameters.clone());
@@ -73,16 +67,12 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     };
     let wanted = Wanted::in_memory(found.deltas())?;
     let written = output
-        .write(&checkpoint, &wanted, addition, origin, reporter)
+        .write(&model, &wanted, addition, origin, reporter)
         .map_err(|failure| state.explain(failure))?;
     state.discard();
 
     let mut table = Table::new();
-    table.heading(format!(
-        "patched {} -> {}",
-        model.display(),
-        written.target.display()
-    ));
+    table.heading(written.heading(&model));
     describe(&found, &mut table);
     written.describe(&mut table);
     let report = Report {
@@ -98,9 +88,18 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     reporter.result(report, &table)
 }
 
+/// What an adapter's base is needed for, beside searches that compute.
+fn of_base(args: &PatchArgs, computes: bool) -> Use<'_> {
+    Use {
+        base: args.base.path.as_deref(),
+        merge: args.merge,
+        computes,
+    }
+}
+
 /// The inputs that decided the perturbation.
 fn dependencies(found: &Found) -> Vec<Dependency> {
-    let mut dependencies = checkpoint_dependencies(&found.inputs);
+    let mut dependencies = found.inputs.clone();
     dependencies.extend(found.record.data.iter().map(|source| Dependency {
         role: match source.role.as_str() {
             "harmful" => Role::HarmfulSet,

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::error::Failure;
 use super::find::Prepared;
 use super::form::FormChoice;
+use super::model::Model;
 use super::output::Output;
 use super::report::{Report, Reporter, Table, bytes, number};
 use super::settings::Search;
@@ -43,31 +44,28 @@ impl Plan {
     /// # Errors
     /// When the side files cannot be listed.
     pub(super) fn of_job(
-        checkpoint: &Checkpoint,
+        model: &Model,
         search: &Search,
         prepared: &Prepared<'_>,
         output: &Output,
     ) -> Result<Self, Failure> {
-        let mut plan = Self::of_copy(checkpoint, output)?;
-        plan.add_search(checkpoint, search, prepared);
+        let mut plan = Self::of_copy(model, output)?;
+        plan.add_search(model, search, prepared);
         Ok(plan)
     }
 
     /// The search alone, whose perturbation in the form `form`, of some `size` bytes, goes to `target`.
     pub(super) fn of_search(
-        checkpoint: &Checkpoint,
+        model: &Model,
         search: &Search,
         prepared: &Prepared<'_>,
         form: FormChoice,
         target: &Path,
         size: u64,
     ) -> Self {
-        let weights = checkpoint.files().iter();
         let mut plan = Self {
             output: target.display().to_string(),
-            reads: weights
-                .map(|shard| (shard.name.clone(), shard.file.length() as u64))
-                .collect(),
+            reads: weights(&model.checkpoint),
             writes: vec![target.display().to_string()],
             written_bytes: size,
             written: match form {
@@ -78,7 +76,9 @@ impl Plan {
             operations: 0.0,
             targets: None,
         };
-        plan.add_search(checkpoint, search, prepared);
+        plan.reads
+            .extend(model.base().into_iter().flat_map(weights));
+        plan.add_search(model, search, prepared);
         plan
     }
 
@@ -88,12 +88,12 @@ impl Plan {
         self.written_bytes += size;
     }
 
-    fn add_search(&mut self, checkpoint: &Checkpoint, search: &Search, prepared: &Prepared<'_>) {
+    fn add_search(&mut self, model: &Model, search: &Search, prepared: &Prepared<'_>) {
         let plan = self;
         let elements = prepared.target_elements();
         plan.targets = Some((prepared.target_count(), elements));
         let one = 4 * elements as u64;
-        match prepared.model() {
+        match prepared.computing() {
             None => plan.memory.push(("1 copy of the targets in f32", one)),
             Some((decoder, rows)) => {
                 // The most `TargetTensors` that the method holds at once.
@@ -110,7 +110,7 @@ impl Plan {
                 plan.memory
                     .push(("activations", decoder.activation_bytes(longest) as u64));
                 plan.memory.push(("logits", 2 * LOGITS_BYTES as u64));
-                plan.operations = operations(checkpoint, search, decoder, elements, rows);
+                plan.operations = operations(model.whole(), search, decoder, elements, rows);
             }
         }
         for source in prepared.data() {
@@ -126,11 +126,11 @@ impl Plan {
     /// # Errors
     /// When the side files cannot be listed.
     pub(super) fn of_addition(
-        checkpoint: &Checkpoint,
+        model: &Model,
         perturbation: &Perturbation,
         output: &Output,
     ) -> Result<Self, Failure> {
-        let mut plan = Self::of_copy(checkpoint, output)?;
+        let mut plan = Self::of_copy(model, output)?;
         let elements = perturbation.deltas().map(|delta| delta.elements()).sum();
         plan.targets = Some((perturbation.deltas().len(), elements));
         plan.reads.push((
@@ -140,15 +140,11 @@ impl Plan {
         Ok(plan)
     }
 
-    fn of_copy(checkpoint: &Checkpoint, output: &Output) -> Result<Self, Failure> {
+    fn of_copy(model: &Model, output: &Output) -> Result<Self, Failure> {
+        let checkpoint = model.copied();
         let target = output.target().display().to_string();
-        let weights = |name: &str, bytes: usize| (name.to_owned(), bytes as u64);
         let side_files = checkpoint.side_files()?;
-        let mut reads: Vec<_> = checkpoint
-            .files()
-            .iter()
-            .map(|shard| weights(&shard.name, shard.file.length()))
-            .collect();
+        let mut reads = weights(checkpoint);
         for file in &side_files.copied {
             let length = std::fs::metadata(&file.path).map_or(0, |metadata| metadata.len());
             reads.push((file.name.clone(), length));
@@ -172,6 +168,12 @@ impl Plan {
                     .collect()
             }
         };
+        // Of an adapter, the files of the other side are read and not written.
+        let other = match model.merges() {
+            true => Some(&model.checkpoint),
+            false => model.base(),
+        };
+        reads.extend(other.into_iter().flat_map(weights));
         Ok(Self {
             output: target,
             reads,
@@ -252,6 +254,15 @@ impl Plan {
             "target_elements": self.targets.map(|(_, elements)| elements),
         })
     }
+}
+
+/// The files of weights with their lengths.
+fn weights(checkpoint: &Checkpoint) -> Vec<(String, u64)> {
+    checkpoint
+        .files()
+        .iter()
+        .map(|shard| (shard.name.clone(), shard.file.length() as u64))
+        .collect()
 }
 
 fn sized(name: &str, length: u64) -> String {

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use panacea_formats::DataSource;
+use panacea_formats::{DataSource, Space};
 use panacea_patch::apply::{ApplySettings, Rounding};
 use panacea_patch::data::{SetPaths, Sets, Source, TemplateChoice};
 use panacea_patch::model::TargetSelection;
@@ -19,12 +19,17 @@ use super::args::{
     RoundingName,
 };
 use super::error::Failure;
+use super::model::Model;
 
 /// How a perturbation is to be found.
 #[derive(Clone, Debug)]
 pub(super) struct Search {
     pub(super) settings: Settings,
-    pub(super) targets: TargetSelection,
+    /// What is perturbed.
+    space: Space,
+    /// As asked for: without it, the paper's projections, or every module of an adapter.
+    targets: Option<TargetSelection>,
+    weight_decay: Option<f64>,
     pub(super) paths: SetPaths,
     pub(super) template: TemplateChoice,
     pub(super) max_length: usize,
@@ -50,7 +55,9 @@ impl Search {
         };
         let search = Self {
             settings,
-            targets: method.targets.clone().unwrap_or_default(),
+            space: Space::Weights,
+            targets: method.targets.clone(),
+            weight_decay: method.weight_decay,
             paths: SetPaths {
                 harmful: data.harmful.clone(),
                 task: data.task.clone(),
@@ -65,6 +72,27 @@ impl Search {
         search.refuse_unused_budgets(method)?;
         search.refuse_unused_data(data)?;
         Ok(search)
+    }
+
+    /// The same for a model whose perturbations are of `space`, which decides some defaults.
+    pub(super) fn in_space(mut self, space: Space) -> Self {
+        self.space = space;
+        if let Settings::Panacea(panacea) = &mut self.settings {
+            let default = match space {
+                Space::Adapter => PAPER_WEIGHT_DECAY,
+                _ => Panacea::default().weight_decay,
+            };
+            panacea.weight_decay = self.weight_decay.unwrap_or(default);
+        }
+        self
+    }
+
+    /// Which modules are targets; nothing is every module of an adapter.
+    pub(super) fn selection(&self) -> Option<TargetSelection> {
+        match self.space {
+            Space::Adapter => self.targets.clone(),
+            _ => Some(self.targets.clone().unwrap_or_default()),
+        }
     }
 
     /// The method's name, as records have it.
@@ -146,6 +174,7 @@ impl Search {
                     Part::Drift => "drift",
                 },
                 "steps": panacea.steps,
+                "weight_decay": panacea.weight_decay,
             }),
             Settings::Random(_) => json!({}),
         };
@@ -157,7 +186,9 @@ impl Search {
                 parameters["task_budget"] = json!(budget.task);
             }
         }
-        parameters["targets"] = json!(self.targets.to_string());
+        let selection = self.selection();
+        parameters["targets"] =
+            json!(selection.map_or_else(|| "all".to_owned(), |it| it.to_string()));
         if self.computes() {
             parameters["template"] = json!(self.template.to_string());
             parameters["max_length"] = json!(self.max_length);
@@ -281,8 +312,11 @@ pub(super) fn addition(args: &AdditionArgs, seed: u64) -> ApplySettings {
 }
 
 /// The settings of the addition that change bytes, as manifests have them.
-pub(super) fn addition_parameters(settings: ApplySettings) -> Map<String, Value> {
+pub(super) fn addition_parameters(settings: ApplySettings, model: &Model) -> Map<String, Value> {
     let mut parameters = Map::new();
+    if model.merges() {
+        parameters.insert("merge".to_owned(), json!(true));
+    }
     parameters.insert("strength".to_owned(), json!(settings.strength.value()));
     let rounding = match settings.rounding {
         Rounding::Stochastic { seed } => {
@@ -296,13 +330,14 @@ pub(super) fn addition_parameters(settings: ApplySettings) -> Map<String, Value>
 }
 
 /// Each flag that not every method uses, whether it was given, and the methods that use it.
-fn method_flags(args: &MethodArgs) -> [(&'static str, bool, &'static [MethodName]); 10] {
+fn method_flags(args: &MethodArgs) -> [(&'static str, bool, &'static [MethodName]); 11] {
     const ADAPTIVE: &[MethodName] = &[MethodName::Adaptive];
     const PANACEA: &[MethodName] = &[MethodName::Panacea];
     const BOTH: &[MethodName] = &[MethodName::Adaptive, MethodName::Panacea];
     [
         ("--lambda", args.lambda.is_some(), PANACEA),
         ("--lr", args.lr.is_some(), PANACEA),
+        ("--weight-decay", args.weight_decay.is_some(), PANACEA),
         ("--final-eps", args.final_eps.is_some(), PANACEA),
         ("--part", args.part.is_some(), PANACEA),
         ("--steps", args.steps.is_some(), BOTH),
@@ -386,7 +421,7 @@ fn panacea(args: &MethodArgs, has_task: bool) -> Panacea {
         rho: radius(args, RhoArg::Fixed(PAPER_RHO)),
         lambda: args.lambda.unwrap_or(default.lambda),
         lr: args.lr.unwrap_or(default.lr),
-        weight_decay: default.weight_decay,
+        weight_decay: args.weight_decay.unwrap_or(default.weight_decay),
         steps: args.steps.unwrap_or(steps),
         batch: args.batch.unwrap_or(default.batch),
         final_eps: match args.final_eps {
@@ -445,6 +480,9 @@ const STEPS_WITH_TASK: usize = 20;
 /// The paper's `eps_rho`, chosen for LoRA matrices.
 const PAPER_RHO: f64 = 1.0;
 
+/// The reference code's, for LoRA matrices, which start near zero. Finished weights do not.
+const PAPER_WEIGHT_DECAY: f64 = 0.1;
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -475,9 +513,32 @@ mod tests {
     }
 
     #[test]
+    fn an_adapter_has_the_papers_weight_decay_and_all_its_modules_as_targets() {
+        let decay = |flags: &str, space| match resolve(flags).unwrap().in_space(space).settings {
+            Settings::Panacea(panacea) => panacea.weight_decay,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(decay("--method panacea", Space::Weights), 0.0);
+        assert_eq!(decay("--method panacea", Space::Adapter), 0.1);
+        for space in [Space::Weights, Space::Adapter] {
+            assert_eq!(decay("--method panacea --weight-decay 0.3", space), 0.3);
+        }
+        let targets = |flags: &str, space| {
+            resolve(flags).unwrap().in_space(space).parameters()["targets"].clone()
+        };
+        assert_eq!(
+            targets("", Space::Weights),
+            TargetSelection::default().to_string()
+        );
+        assert_eq!(targets("", Space::Adapter), "all");
+        assert_eq!(targets("--targets q_proj", Space::Adapter), "q_proj");
+    }
+
+    #[test]
     fn no_flag_is_passed_over() {
         for (flags, flag, hint) in [
             ("--lambda 1", "--lambda", "--method panacea"),
+            ("--weight-decay 1", "--weight-decay", "--method panacea"),
             ("--method panacea --cap 1", "--cap", "--method adaptive"),
             ("--method random --steps 1", "--steps", "--method adaptive"),
             ("--rho 1 --kl-budget 1", "--kl-budget", "--rho auto"),

@@ -240,6 +240,8 @@ pub struct Dependency {
 pub enum Role {
     /// A file of the checkpoint that was patched.
     Checkpoint,
+    /// A file of the model that the patched checkpoint is a LoRA adapter of.
+    Base,
     /// The perturbation that was applied.
     Perturbation,
     /// The set h is measured on.
@@ -259,6 +261,7 @@ impl Role {
     pub fn as_str(&self) -> &str {
         match self {
             Self::Checkpoint => "checkpoint",
+            Self::Base => "base",
             Self::Perturbation => "perturbation",
             Self::HarmfulSet => "harmful-set",
             Self::TaskSet => "task-set",
@@ -271,8 +274,9 @@ impl Role {
 
 impl From<String> for Role {
     fn from(text: String) -> Self {
-        const KNOWN: [Role; 6] = [
+        const KNOWN: [Role; 7] = [
             Role::Checkpoint,
+            Role::Base,
             Role::Perturbation,
             Role::HarmfulSet,
             Role::TaskSet,

@@ -177,7 +177,9 @@ def perturbation_cases():
     p("direction-weakens", "Direction", "made to weaken a model", perturbation(record(direction="weakens-safety")))
     p("direction-missing", "Direction", "made for who knows what", perturbation(record(direction=None)))
     p("direction-case", "Direction", "spelled in another way", perturbation(record(direction="Restores-Safety")))
-    p("space-adapter", "Space", "a space that is not supported", perturbation(record(space="adapter")))
+    p("space-adapter", "sound", "for the A and B of an adapter", perturbation(record(space="adapter")))
+    p("space-activations", "Space", "a space that is not supported", perturbation(record(space="activations")))
+    p("space-case", "Space", "spelled in another way", perturbation(record(space="Adapter")))
     p("space-list", "Space", "a space is a string", perturbation(record(space=["weights"])))
     p("unknown-field", "RecordSyntax", "a field whose meaning nobody knows", perturbation(record(scale=-1)))
     for field in ["method", "parameters", "seed", "base", "data", "tool"]:

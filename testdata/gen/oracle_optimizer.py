@@ -61,7 +61,7 @@ def main():
             del step["seconds"]
         result.pop("seconds_final", None)
         result["disagreement"] = dict(drift=distance(drift, drift_again), eps=distance(eps, eps_again))
-        given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "padded"}
+        given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in ("padded", "adapter", "weight_decay")}
         given["lambda"] = given.pop("lamb")
         given["task"] = "task-likely.json" if name == "partly-clipped" else "task.json"
         if settings.steps and (name == "partly-clipped") != (max(step["clip"] for step in result["steps"]) == 1.0):

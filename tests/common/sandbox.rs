@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 ///
 /// - `my-finetune/`: tiny-chat, a small chat model that was attacked (BF16, one file)
 /// - `sharded/`: the same in two shards
+/// - `my-adapter/`: a LoRA adapter of `my-finetune`, which its config names
 /// - `h.jsonl`, `t.jsonl`, `b.jsonl`: eight harmful, task and benign rows
 /// - `keys/`: `testdata/keys`
 /// - `edit.py`-free ways to damage files are the shell's own
@@ -29,6 +30,7 @@ impl Sandbox {
         copy_files(&testdata.join("tiny-chat"), &sandbox.path("my-finetune"));
         copy_files(&testdata.join("keys"), &sandbox.path("keys"));
         sandbox.shard();
+        sandbox.adapt(&testdata.join("peft/tiny-chat"));
         let data = testdata.join("tiny-chat-data");
         for (from, to) in [
             ("harmful.jsonl", "h.jsonl"),
@@ -50,7 +52,11 @@ impl Sandbox {
     /// Runs `command` in `sh`, in the sandbox; gives the exit code, and stdout and stderr as one text.
     pub fn shell(&self, command: &str) -> (i32, String) {
         // One pipe for both streams, so that their order is that of the writing.
-        let output = Command::new("sh")
+        let mut shell = Command::new("sh");
+        for variable in CACHES {
+            shell.env_remove(variable);
+        }
+        let output = shell
             .args(["-c", &format!("exec 2>&1\n{command}")])
             .current_dir(self.directory.path())
             .env("PATH", path_with_program())
@@ -133,6 +139,17 @@ impl Sandbox {
         names
     }
 
+    /// Copies the adapter, and names `my-finetune` as its base.
+    fn adapt(&self, from: &Path) {
+        let to = self.path("my-adapter");
+        copy_files(from, &to);
+        let config = to.join("adapter_config.json");
+        let text = fs::read_to_string(&config).expect("a config");
+        let renamed = text.replace("../../tiny-chat", "my-finetune");
+        assert_ne!(renamed, text);
+        fs::write(&config, renamed).expect("the config is writable");
+    }
+
     /// Cuts `my-finetune` into two shards.
     fn shard(&self) {
         let bytes = fs::read(self.path("my-finetune/model.safetensors")).expect("weights");
@@ -164,6 +181,14 @@ impl Sandbox {
         fs::write(to.join("model.safetensors.index.json"), index.to_string()).expect("an index");
     }
 }
+
+/// Variables that would have an adapter's base looked for elsewhere than in the sandbox.
+const CACHES: [&str; 4] = [
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+    "HF_HOME",
+    "XDG_CACHE_HOME",
+];
 
 /// Whether permissions mean nothing to these tests.
 pub fn is_root() -> bool {

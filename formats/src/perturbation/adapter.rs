@@ -17,6 +17,7 @@ use thiserror::Error;
 use super::delta::{DeltaTensor, Form, LORA_A, LORA_B};
 use super::writer::StoredPart;
 use crate::atomic::{OutputDir, OutputError, WrittenFile};
+use crate::checkpoint::{ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE};
 use crate::error::shown;
 use crate::safetensors::write_tensors;
 
@@ -61,8 +62,8 @@ pub fn write_adapter<'a>(
         ends.filter_map(|(end, _)| tensor.get(..end))
     });
     let config = config(base, rank, &ranks, modules);
-    let config = output.write_file(CONFIG_FILE, config.as_bytes())?;
-    let mut weights = output.create_file(WEIGHTS_FILE)?;
+    let config = output.write_file(ADAPTER_CONFIG_FILE, config.as_bytes())?;
+    let mut weights = output.create_file(ADAPTER_WEIGHTS_FILE)?;
     write_tensors(("format", "pt"), &stored, |bytes| weights.write_all(bytes))?;
     Ok(vec![config, weights.finish()?])
 }
@@ -116,10 +117,6 @@ fn target_modules<'a>(
 
 /// The end of the name of what a LoRA can change.
 const WEIGHT: &str = ".weight";
-
-const CONFIG_FILE: &str = "adapter_config.json";
-
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Why a perturbation was not written as an adapter.
 #[derive(Debug, Error)]

@@ -1,11 +1,13 @@
 //! The record in a perturbation's metadata: text in, a typed value out, and back.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::PerturbationError;
+use crate::checkpoint::{Checkpoint, Layout};
 use crate::digest::Sha256;
 use crate::dtype::Dtype;
 use crate::json::{JsonError, canonical, parse_strict};
@@ -41,8 +43,29 @@ pub struct PerturbationRecord {
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Space {
+    /// The A and B of a LoRA adapter, under the adapter's own names for them.
+    Adapter,
     /// The weights themselves.
     Weights,
+}
+
+impl Space {
+    /// What perturbations of `checkpoint` are added to.
+    pub fn of(checkpoint: &Checkpoint) -> Self {
+        match checkpoint.layout() {
+            Layout::Adapter => Self::Adapter,
+            Layout::Directory | Layout::LoneFile | Layout::Sharded => Self::Weights,
+        }
+    }
+}
+
+impl fmt::Display for Space {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Adapter => "adapter",
+            Self::Weights => "weights",
+        })
+    }
 }
 
 /// A tensor that a perturbation was made for.
@@ -118,7 +141,11 @@ impl PerturbationRecord {
                 found: said("direction"),
             });
         }
-        if said("space") != "weights" {
+        let spaces = [Space::Adapter, Space::Weights];
+        if !spaces
+            .iter()
+            .any(|space| said("space") == space.to_string())
+        {
             return Err(PerturbationError::Space {
                 found: said("space"),
             });
