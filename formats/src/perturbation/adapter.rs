@@ -172,7 +172,7 @@ mod tests {
         let files = write_adapter(&mut output, "models/base", names, deltas)?;
         assert_eq!(files.len(), 2);
         let _ = output.commit()?;
-        let text = std::fs::read_to_string(directory.join(CONFIG_FILE)).unwrap();
+        let text = std::fs::read_to_string(directory.join(ADAPTER_CONFIG_FILE)).unwrap();
         Ok(serde_json::from_str(&text).unwrap())
     }
 
@@ -185,7 +185,7 @@ mod tests {
             delta("model.layers.1.q_proj.weight", 2),
         ];
         let config = written(&path, &deltas, &["model.norm.weight", "lm_head.weight"]).unwrap();
-        let file = SafetensorsFile::open(&path.join(WEIGHTS_FILE)).unwrap();
+        let file = SafetensorsFile::open(&path.join(ADAPTER_WEIGHTS_FILE)).unwrap();
         assert_eq!(file.metadata(), [("format".to_owned(), "pt".to_owned())]);
         let tensors: Vec<_> = file
             .tensors()
