@@ -9,6 +9,7 @@
 //! stored as their bits, since a decimal text need not come back as the same number. The file is for this machine
 //! and this version of the program; it is deleted when the run is done.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -60,7 +61,7 @@ impl Identity {
 ///
 /// # Errors
 /// When it cannot be written.
-pub fn save(path: &Path, identity: &Identity, state: &State) -> Result<(), ResumeError> {
+pub fn save(path: &Path, identity: &Identity, state: &State<'_>) -> Result<(), ResumeError> {
     let record = Record {
         format_version: FORMAT_VERSION,
         run: identity.digest(),
@@ -92,7 +93,7 @@ pub fn save(path: &Path, identity: &Identity, state: &State) -> Result<(), Resum
 ///
 /// # Errors
 /// When it cannot be read, is not such a file, or is of another run.
-pub fn load(path: &Path, identity: &Identity) -> Result<State, ResumeError> {
+pub fn load(path: &Path, identity: &Identity) -> Result<State<'static>, ResumeError> {
     let file = SafetensorsFile::open(path)?;
     let malformed = |reason| ResumeError::Malformed {
         path: path.to_owned(),
@@ -155,7 +156,7 @@ pub fn load(path: &Path, identity: &Identity) -> Result<State, ResumeError> {
             }
             of_name.push(values);
         }
-        tensors.push((name, TargetTensors::new(of_name)));
+        tensors.push((name, Cow::Owned(TargetTensors::new(of_name))));
     }
     Ok(State { steps, tensors })
 }
@@ -246,7 +247,7 @@ fn tensor_name(name: &str, target: usize) -> String {
 }
 
 /// The header with its length before it, padded to a multiple of 8 bytes.
-fn header(record: &str, state: &State) -> Vec<u8> {
+fn header(record: &str, state: &State<'_>) -> Vec<u8> {
     let mut json = format!(
         "{{\"__metadata__\":{{\"{METADATA_KEY}\":{}}}",
         Value::from(record)
@@ -325,7 +326,7 @@ const BLOCK: usize = 1 << 18;
 mod tests {
     use super::*;
 
-    fn state() -> State {
+    fn state() -> State<'static> {
         let step = json!({
             "step": 0, "phase": "contrast", "h": 0.1 + 0.2, "norm": 1e-300, "refusing": 1.0,
         });
@@ -334,11 +335,11 @@ mod tests {
             tensors: vec![
                 (
                     "delta".to_owned(),
-                    TargetTensors::new(vec![vec![1.0, -0.0, 1e-45], vec![0.1]]),
+                    Cow::Owned(TargetTensors::new(vec![vec![1.0, -0.0, 1e-45], vec![0.1]])),
                 ),
                 (
                     "along".to_owned(),
-                    TargetTensors::new(vec![vec![3.0; 3], vec![f32::MAX]]),
+                    Cow::Owned(TargetTensors::new(vec![vec![3.0; 3], vec![f32::MAX]])),
                 ),
             ],
         }

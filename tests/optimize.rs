@@ -4,6 +4,7 @@
 //! PyTorch's own orders of summation disagree by (1.6e-5 for the drift). The adaptive method and the control by what they
 //! promise: the same bits on any number of threads and resumed or not, a ball that is kept, a budget that is kept.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 use panacea_patch::model::{Config, Decoder, EncodedRow, Pack, TargetSelection, TargetTensors};
@@ -239,16 +240,15 @@ fn runs_are_the_same_bits_on_any_number_of_threads() {
 /// Keeps the state after `after` steps and stops there.
 struct StopAfter {
     after: usize,
-    state: RefCell<Option<State>>,
+    state: RefCell<Option<State<'static>>>,
 }
 
 impl Observer for StopAfter {
     fn progress(&mut self, _what: &str, _done: usize, _total: usize) {}
     fn step(&mut self, _record: &StepRecord) {}
-    fn state(&mut self, state: &dyn Fn() -> State) {
-        let state = state();
+    fn state(&mut self, state: &State<'_>) {
         if state.steps.len() == self.after {
-            self.state.replace(Some(state));
+            self.state.replace(Some(state.clone().into_owned()));
         }
     }
     fn interrupted(&self) -> bool {
@@ -302,8 +302,11 @@ fn a_state_of_other_targets_is_refused() {
     let state = State {
         steps: Vec::new(),
         tensors: vec![
-            ("delta".to_owned(), TargetTensors::new(vec![vec![0.0; 3]])),
-            ("along".to_owned(), TargetTensors::default()),
+            (
+                "delta".to_owned(),
+                Cow::Owned(TargetTensors::new(vec![vec![0.0; 3]])),
+            ),
+            ("along".to_owned(), Cow::Owned(TargetTensors::default())),
         ],
     };
     let mut decoder = tiny.decoder("q_proj");

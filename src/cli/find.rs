@@ -223,7 +223,7 @@ impl Prepared<'_> {
     pub(super) fn run(
         self,
         saver: Option<Saver>,
-        resumed: Option<State>,
+        resumed: Option<State<'_>>,
         reporter: &Reporter,
     ) -> Result<Found, Failure> {
         let outcome = match self.computing {

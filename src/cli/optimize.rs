@@ -160,7 +160,7 @@ impl State {
         &self,
         identity: &Identity,
         reporter: &Reporter,
-    ) -> Result<Option<optimize::State>, Failure> {
+    ) -> Result<Option<optimize::State<'static>>, Failure> {
         match (self.resume, self.path.exists()) {
             (true, true) => {
                 let state = resume::load(&self.path, identity)?;

@@ -9,7 +9,7 @@ use std::path::Path;
 use panacea_formats::{Checkpoint, Layout, Perturbation, copied_bytes};
 use panacea_patch::manifest::{manifest_path, signature_path};
 use panacea_patch::model::{Decoder, EncodedRow, LOGITS_BYTES};
-use panacea_patch::optimize::{PACK_TOKENS, Radius, Rows, Settings};
+use panacea_patch::optimize::{FinalEps, PACK_TOKENS, Panacea, Radius, Rows, Settings};
 use serde_json::{Value, json};
 
 use super::error::Failure;
@@ -98,12 +98,16 @@ impl Plan {
             Some((decoder, rows)) => {
                 // The most `TargetTensors` that the method holds at once.
                 let copies = match &search.settings {
-                    Settings::Random(_) => ("3 copies of the targets in f32", 3 * one),
+                    Settings::Random(_) => ("1 copy of the targets in f32", one),
                     Settings::Panacea(panacea) if panacea.steps == 0 => {
-                        ("4 copies of the targets in f32", 4 * one)
+                        ("1 copy of the targets in f32", one)
                     }
-                    Settings::Adaptive(_) => ("6 copies of the targets in f32", 6 * one),
-                    Settings::Panacea(_) => ("8 copies of the targets in f32", 8 * one),
+                    Settings::Adaptive(_) => ("4 copies of the targets in f32", 4 * one),
+                    Settings::Panacea(Panacea {
+                        final_eps: FinalEps::Whole,
+                        ..
+                    }) => ("6 copies of the targets in f32", 6 * one),
+                    Settings::Panacea(_) => ("7 copies of the targets in f32", 7 * one),
                 };
                 let longest = longest_row(rows).max(PACK_TOKENS);
                 plan.memory.push(copies);

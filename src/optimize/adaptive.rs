@@ -15,6 +15,8 @@
 mod guard;
 mod held_back;
 
+use std::borrow::Cow;
+
 use self::guard::Guard;
 use self::held_back::{HeldBack, beginnings};
 use super::engine::{Batch, Engine, Gradient, OptimizeError, Set, factor, wrapping};
@@ -81,7 +83,7 @@ pub(super) fn run(
     engine: &mut Engine<'_, '_>,
     rows: &Rows,
     settings: &Adaptive,
-    resumed: Option<State>,
+    resumed: Option<State<'_>>,
 ) -> Result<Outcome, OptimizeError> {
     for (set, of_set) in [
         (Set::Harmful, &rows.harmful),
@@ -188,11 +190,11 @@ impl Run<'_> {
         }
         engine.observer.step(&record);
         self.steps.push(record);
-        engine.observer.state(&|| State {
+        engine.observer.state(&State {
             steps: self.steps.clone(),
             tensors: vec![
-                ("delta".to_owned(), self.delta.clone()),
-                ("along".to_owned(), self.along.clone()),
+                ("delta".to_owned(), Cow::Borrowed(&self.delta)),
+                ("along".to_owned(), Cow::Borrowed(&self.along)),
             ],
         });
         Ok(())
@@ -320,7 +322,7 @@ impl Run<'_> {
         }
     }
 
-    fn resume(&mut self, mut state: State) -> Result<(), OptimizeError> {
+    fn resume(&mut self, mut state: State<'_>) -> Result<(), OptimizeError> {
         let shape: Vec<usize> = self.delta.iter().map(<[f32]>::len).collect();
         [self.delta, self.along] = state.take(["delta", "along"], &shape)?;
         self.steps = state.steps;

@@ -12,8 +12,9 @@ use crate::model::{
     Decoder, EncodedRow, LossSum, Pack, PackError, Point, TargetTensors, WeightsError,
 };
 
-/// Tokens computed together: enough for matrix products to run at full speed, few enough for activations to stay small.
-pub const PACK_TOKENS: usize = 512;
+/// Tokens computed together, at most, but for a single row that is longer: enough for matrix products to run at full speed and for
+/// the widening of weights, once for each pack and block, to cost little beside them.
+pub const PACK_TOKENS: usize = 1024;
 
 /// Which rows a batch is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,18 +127,22 @@ impl<'r> Batch<'r> {
         self.places.len()
     }
 
-    /// The rows in order, cut into packs.
+    /// The rows in order, cut into as few packs as can be, of about the same size.
     fn packs(&self) -> Vec<Pack> {
+        let rows = self.places.iter().map(|&place| &self.rows[place]);
+        let total: usize = rows.clone().map(|row| row.tokens.len()).sum();
+        let even = total.div_ceil(total.div_ceil(PACK_TOKENS).max(1));
         let mut packs = Vec::new();
         let mut members: Vec<&EncodedRow> = Vec::new();
         let mut tokens = 0;
-        for &place in &self.places {
-            let row = &self.rows[place];
-            if !members.is_empty() && tokens + row.tokens.len() > PACK_TOKENS {
+        for row in rows {
+            let length = row.tokens.len();
+            let is_full = tokens + length > PACK_TOKENS || tokens + length / 2 > even;
+            if is_full && !members.is_empty() {
                 packs.push(Pack::of(members.drain(..)));
                 tokens = 0;
             }
-            tokens += row.tokens.len();
+            tokens += length;
             members.push(row);
         }
         packs.push(Pack::of(members));
@@ -390,17 +395,20 @@ mod tests {
     }
 
     #[test]
-    fn packs_hold_whole_rows_up_to_the_limit() {
-        let row = |n: usize| EncodedRow {
-            tokens: vec![1; n],
-            in_loss: vec![true; n],
+    fn packs_hold_whole_rows_up_to_the_limit_and_are_even() {
+        let sizes = |lengths: &[usize]| -> Vec<usize> {
+            let row = |&n: &usize| EncodedRow {
+                tokens: vec![1; n],
+                in_loss: vec![true; n],
+            };
+            let rows: Vec<EncodedRow> = lengths.iter().map(row).collect();
+            let batch = Batch::whole(Set::Task, &rows);
+            batch.packs().iter().map(|p| p.tokens.len()).collect()
         };
-        let rows = [row(300), row(212), row(1), row(900), row(2)];
-        let sizes: Vec<usize> = Batch::whole(Set::Task, &rows)
-            .packs()
-            .iter()
-            .map(|p| p.tokens.len())
-            .collect();
-        assert_eq!(sizes, [512, 1, 900, 2]);
+        assert_eq!(sizes(&[600, 424]), [1024]);
+        assert_eq!(sizes(&[600, 425]), [600, 425]);
+        assert_eq!(sizes(&[2000, 24]), [2000, 24]);
+        assert_eq!(sizes(&[85; 13]), [7 * 85, 6 * 85]);
+        assert_eq!(sizes(&[900, 900, 1]), [900, 901]);
     }
 }

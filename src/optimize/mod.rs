@@ -30,6 +30,8 @@ pub use radius::{Budget, Radius, RadiusError, RadiusPoint};
 pub use random::{Random, gaussian};
 pub use step::{Phase, StepRecord};
 
+use std::borrow::Cow;
+
 use crate::model::{Decoder, EncodedRow, TargetTensors};
 use engine::Engine;
 
@@ -73,14 +75,25 @@ pub struct Outcome {
 
 /// Where a run stands between two steps: all that is needed to go on.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct State {
+pub struct State<'t> {
     /// What the steps so far measured; their number is the next step's.
     pub steps: Vec<StepRecord>,
     /// The method's tensors by name, in a fixed order.
-    pub tensors: Vec<(String, TargetTensors)>,
+    pub tensors: Vec<(String, Cow<'t, TargetTensors>)>,
 }
 
-impl State {
+impl State<'_> {
+    /// The same state, with tensors of its own.
+    pub fn into_owned(self) -> State<'static> {
+        let own = |(name, tensors): (String, Cow<'_, TargetTensors>)| {
+            (name, Cow::Owned(tensors.into_owned()))
+        };
+        State {
+            steps: self.steps,
+            tensors: self.tensors.into_iter().map(own).collect(),
+        }
+    }
+
     /// Takes out the tensors called `names`, each with as many elements per target as `shape` says.
     fn take<const N: usize>(
         &mut self,
@@ -94,7 +107,7 @@ impl State {
             if !tensors.iter().map(<[f32]>::len).eq(shape.iter().copied()) {
                 return Err(OptimizeError::State);
             }
-            taken.push(tensors);
+            taken.push(tensors.into_owned());
         }
         taken.try_into().map_err(|_| OptimizeError::State)
     }
@@ -109,7 +122,7 @@ pub trait Observer {
     fn step(&mut self, record: &StepRecord);
 
     /// The run could be taken up again from `state`. Called after every step; whoever listens decides how often to keep one.
-    fn state(&mut self, state: &dyn Fn() -> State);
+    fn state(&mut self, state: &State<'_>);
 
     /// Whether to stop now; asked before each pack of tokens.
     fn interrupted(&self) -> bool;
@@ -122,7 +135,7 @@ pub struct Unobserved;
 impl Observer for Unobserved {
     fn progress(&mut self, _what: &str, _done: usize, _total: usize) {}
     fn step(&mut self, _record: &StepRecord) {}
-    fn state(&mut self, _state: &dyn Fn() -> State) {}
+    fn state(&mut self, _state: &State<'_>) {}
     fn interrupted(&self) -> bool {
         false
     }
@@ -139,7 +152,7 @@ pub fn optimize(
     decoder: &mut Decoder<'_>,
     rows: &Rows,
     settings: &Settings,
-    resumed: Option<State>,
+    resumed: Option<State<'_>>,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, OptimizeError> {
     decoder.check_targets()?;

@@ -15,6 +15,8 @@
 //!
 //! Source: Panacea, arXiv:2501.18100, algorithm 1.
 
+use std::borrow::Cow;
+
 use super::adamw::{AdamW, Rates};
 use super::engine::{Batch, Engine, OptimizeError, Set, factor, wrapping};
 use super::radius::{Radius, Search};
@@ -90,7 +92,7 @@ pub(super) fn run(
     engine: &mut Engine<'_, '_>,
     rows: &Rows,
     settings: &Panacea,
-    resumed: Option<State>,
+    resumed: Option<State<'_>>,
 ) -> Result<Outcome, OptimizeError> {
     let needs = |set, rows: &[_]| match rows.is_empty() {
         true => Err(OptimizeError::NoRows {
@@ -253,12 +255,12 @@ impl Run {
             };
             engine.observer.step(&record);
             self.steps.push(record);
-            engine.observer.state(&|| self.state());
+            engine.observer.state(&self.state());
         }
         Ok(())
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> State<'_> {
         let named = [
             ("w", &self.w),
             ("eps", &self.eps),
@@ -268,12 +270,12 @@ impl Run {
         State {
             steps: self.steps.clone(),
             tensors: named
-                .map(|(name, tensors)| (name.to_owned(), tensors.clone()))
+                .map(|(name, tensors)| (name.to_owned(), Cow::Borrowed(tensors)))
                 .into(),
         }
     }
 
-    fn resume(&mut self, mut state: State) -> Result<(), OptimizeError> {
+    fn resume(&mut self, mut state: State<'_>) -> Result<(), OptimizeError> {
         let shape = self.w.iter().map(<[f32]>::len).collect::<Vec<_>>();
         let [w, m, v] = state.take(["w", "m", "v"], &shape)?;
         let shape = self.eps.iter().map(<[f32]>::len).collect::<Vec<_>>();

@@ -59,7 +59,7 @@ impl<'r> StepWatch<'r> {
         self.bar.finish_and_clear();
     }
 
-    fn save(&mut self, state: &State) {
+    fn save(&mut self, state: &State<'_>) {
         let Some(saver) = &self.saver else { return };
         match resume::save(&saver.path, &saver.identity, state) {
             Ok(()) => self.unsaved = 0,
@@ -93,13 +93,13 @@ impl optimize::Observer for StepWatch<'_> {
         self.bar.reset();
     }
 
-    fn state(&mut self, state: &dyn Fn() -> State) {
+    fn state(&mut self, state: &State<'_>) {
         let due = self
             .saver
             .as_ref()
             .is_some_and(|saver| self.unsaved >= saver.every || interrupt::asked());
         if due {
-            self.save(&state());
+            self.save(state);
         }
         // Saving is not part of a step.
         self.step_began = Instant::now();
