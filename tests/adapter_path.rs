@@ -1,7 +1,5 @@
 //! The whole path through the binary for a LoRA adapter: what holds for whole models holds for it, and what is its own.
 
-#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
-
 #[path = "common/sandbox.rs"]
 mod sandbox;
 

@@ -4,11 +4,7 @@
 //! Tolerances are those of the whole models' tests, for the same reasons.
 
 #![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
-#![expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_precision_loss,
-    reason = "counts of a few tokens"
-)]
+#![expect(clippy::cast_precision_loss, reason = "counts of a few tokens")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -132,7 +132,6 @@ fn the_papers_method_follows_pytorch_step_by_step() {
                     _ => FinalEps::Whole,
                 },
                 part,
-                ..Panacea::default()
             });
             let mut decoder = tiny.decoder(&targets.join(","));
             let outcome = optimize(&mut decoder, &rows, &settings, None, &mut Unobserved)

@@ -122,12 +122,15 @@ impl<'c> Adapter<'c> {
                     module: module.to_owned(),
                 })
         }));
-        problems.extend(saved.iter().filter_map(|saved| {
-            (!saved.tensor.dtype.is_patchable()).then(|| AdapterProblem::Dtype {
-                tensor: saved.tensor.name.to_owned(),
-                found: saved.tensor.dtype,
-            })
-        }));
+        let stored = saved.iter().map(|saved| saved.tensor);
+        problems.extend(
+            stored
+                .filter(|tensor| !tensor.dtype.is_patchable())
+                .map(|tensor| AdapterProblem::Dtype {
+                    tensor: tensor.name.to_owned(),
+                    found: tensor.dtype,
+                }),
+        );
         let saves = |wanted: &str| saved.iter().any(|saved| is_within(saved.name, wanted));
         problems.extend(
             config
