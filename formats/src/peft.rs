@@ -18,6 +18,7 @@
 //! Source: PEFT 0.21.2, `tuners/lora/config.py`, `tuners/lora/model.py`, `tuners/tuners_utils.py` and `utils/save_and_load.py`.
 
 mod config;
+mod modules;
 
 use std::collections::BTreeMap;
 
@@ -29,7 +30,8 @@ use crate::error::{FormatError, Problems, shown};
 use crate::json::JsonError;
 use crate::tensor::TensorView;
 
-pub use config::{AdapterConfig, MAX_ADAPTER_CONFIG_BYTES, Selected};
+pub use config::{AdapterConfig, MAX_ADAPTER_CONFIG_BYTES};
+pub use modules::Selected;
 
 /// The tensors of an adapter under their roles, in agreement with its config.
 #[derive(Clone, Debug)]
@@ -393,18 +395,12 @@ pub enum PeftError {
         found: String,
     },
     /// A pattern of the config that is no regular expression, or one that takes too long.
-    #[error(
-        "`{}` in `{field}` of the config cannot be matched with `{}`",
-        shown(pattern),
-        shown(module)
-    )]
+    #[error("`{}` in `{field}` of the config cannot be matched", shown(pattern))]
     Pattern {
         /// The field.
         field: &'static str,
         /// The pattern.
         pattern: String,
-        /// The module that it was held against.
-        module: String,
         /// Why not.
         #[source]
         source: Box<fancy_regex::Error>,

@@ -318,3 +318,34 @@ fn what_lies_beside_an_adapter_travels_with_it_and_other_weights_do_not() {
         ]
     );
 }
+
+#[test]
+fn a_config_with_any_byte_changed_or_cut_is_read_or_refused_and_never_a_panic() {
+    let whole = fs::read_to_string(fixture("peft/patterns/adapter/adapter_config.json")).unwrap();
+    let mut read = 0;
+    let mut try_text = |text: &str| {
+        let Ok(config) = AdapterConfig::parse(text) else {
+            return;
+        };
+        read += 1;
+        for module in ["model.layers.1.self_attn.q_proj", "", "."] {
+            let _ = (
+                config.rank_of(module),
+                config.scale_of(module),
+                config.selects(module),
+            );
+        }
+    };
+    for place in (0..whole.len()).step_by(3) {
+        try_text(&whole[..place]);
+        for other in ["", "\"", "\\", "(", "*", "0", "-", "}", "[", "\u{fffd}"] {
+            try_text(&format!(
+                "{}{other}{}",
+                &whole[..place],
+                &whole[place + 1..]
+            ));
+        }
+    }
+    // Both outcomes must occur, or the changes test one side only.
+    assert!((1000..10_000).contains(&read), "{read} of some 13000 read");
+}
