@@ -16,8 +16,9 @@
 
 use std::path::{Path, PathBuf};
 
+use panacea_formats::Checkpoint;
 use panacea_patch::model::{
-    Activations, Config, Decoder, EncodedRow, Pack, TargetSelection, TargetTensors,
+    Activations, Config, Decoder, EncodedRow, Pack, Point, TargetSelection, TargetTensors,
 };
 
 mod common;
@@ -352,6 +353,66 @@ fn gradients_are_the_same_bits_on_any_number_of_threads() {
     let one = gradient(1);
     assert_eq!(one, gradient(2));
     assert_eq!(one, gradient(7));
+}
+
+/// What is kept in memory is a matter of memory alone.
+#[test]
+fn gradients_are_the_same_bits_recomputed_and_with_weights_given_back() {
+    for case in ["gemma2", "llama-tied", "mixtral"] {
+        let case = oracle(case);
+        let rows = common::rows(&case.join("rows.json"));
+        let checkpoint = Checkpoint::open(&case).expect("a checkpoint");
+        let gradient = |activations, releases| {
+            let selection: TargetSelection = ALL.parse().expect("names");
+            let mut decoder = Decoder::new(
+                config(&case, "config.json"),
+                checkpoint.tensors(),
+                &selection,
+            )
+            .expect("a decoder")
+            .with_activations(activations);
+            if releases {
+                decoder = decoder.releasing(&checkpoint);
+            }
+            let mut gradient = decoder.target_values().expect("finite").zeros_like();
+            let loss = decoder
+                .loss_and_gradient(Point::stored(), &Pack::of(&rows), &mut gradient)
+                .expect("a loss");
+            (loss.sum.to_bits(), gradient)
+        };
+        let kept = gradient(Activations::Keep, false);
+        assert!(kept == gradient(Activations::Recompute, false));
+        assert!(kept == gradient(Activations::Keep, true));
+    }
+}
+
+/// A point is what it stands for.
+#[test]
+fn a_moved_point_gives_the_bits_of_the_sum() {
+    let case = oracle("llama-biases");
+    let stored = Stored::open(&case.join("model.safetensors"));
+    let rows = common::rows(&case.join("rows.json"));
+    let selection: TargetSelection = ALL.parse().expect("names");
+    let mut decoder =
+        Decoder::new(config(&case, "config.json"), stored.views(), &selection).expect("a decoder");
+    let values = decoder.target_values().expect("finite weights");
+    let mut direction = values.zeros_like();
+    let pack = Pack::of(&rows);
+    decoder
+        .loss_and_gradient(&values, &pack, &mut direction)
+        .expect("a loss");
+    let mut sum = values.clone();
+    sum.add_scaled(0.3, &direction);
+    let wanted = decoder.logits(&sum, &pack).expect("logits");
+    let moved = Point::stored().moved(0.3, &direction);
+    assert!(wanted == decoder.logits(moved, &pack).expect("logits"));
+    let moved = Point::at(&values).moved(0.3, &direction);
+    assert!(wanted == decoder.logits(moved, &pack).expect("logits"));
+    decoder.subtract_stored(&mut sum).expect("finite weights");
+    let error = relative_error(sum.tensor(3), direction.tensor(3));
+    assert!((error - 0.7).abs() < 1e-3, "{error}");
+    let norm = decoder.target_norm().expect("finite weights");
+    assert!((norm / values.norm() - 1.0).abs() < 1e-12);
 }
 
 fn kl(p: &[f32], q: &[f32]) -> f64 {

@@ -249,6 +249,13 @@ impl Checkpoint {
         }
     }
 
+    /// Gives the pages of all weights back to the system, as [`SafetensorsFile::release`] does.
+    pub fn release(&self) {
+        for shard in &self.shards {
+            shard.file.release();
+        }
+    }
+
     /// Whether every file of weights still has the length it was opened with.
     ///
     /// # Errors

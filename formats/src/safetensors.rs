@@ -20,7 +20,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::digest::Sha256;
 use crate::error::FormatError;
@@ -148,6 +148,20 @@ impl SafetensorsFile {
                 SafetensorsError::Changed { opened, found },
             ))
         }
+    }
+
+    /// Gives the file's pages back to the system; whoever reads them again finds them in its cache, or on disk. For files that are
+    /// larger than the memory a process may hold. Does nothing for bytes that are in memory anyway.
+    pub fn release(&self) {
+        let Bytes::Mapped(map, _) = &self.bytes else {
+            return;
+        };
+        #[expect(unsafe_code, reason = "the advice could change what other maps hold")]
+        // SAFETY: the map is of a file and read-only, so that a page that is dropped comes back with the file's bytes, as every
+        // page of it did at its first use.
+        let released = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+        // It is advice: a system that does not take it keeps the pages.
+        drop(released);
     }
 
     /// The tensor number `position` in the order of the bytes.

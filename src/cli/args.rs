@@ -16,6 +16,7 @@ use panacea_patch::data::{DataPath, TemplateChoice};
 use panacea_patch::model::TargetSelection;
 
 use super::error::chain;
+use super::memory::MemorySize;
 
 /// Restores the safety of a fine-tuned language model with a small optimized perturbation of its weights.
 ///
@@ -445,6 +446,11 @@ pub(crate) struct WorkArgs {
     /// Compute activations again instead of keeping them: a third more work, one block's memory.
     #[arg(long)]
     pub(crate) recompute: bool,
+
+    /// Memory that the search may take, such as `16G`; activations are computed again and weights given back where that is needed to
+    /// keep to it, at the same result [default: what the machine has free].
+    #[arg(long, value_name = "SIZE", value_parser = explained::<MemorySize>)]
+    pub(crate) memory: Option<MemorySize>,
 
     /// Go on from the state that an interrupted run of the same command left.
     #[arg(long)]

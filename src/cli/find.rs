@@ -12,8 +12,7 @@ use panacea_formats::{
 use panacea_patch::data::{Encoder, Sets, TokenizerFiles};
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{
-    Activations, Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix,
-    place_of_module,
+    Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix, place_of_module,
 };
 use panacea_patch::optimize::{
     self, RadiusPoint, Random, Rows, Set, Settings, State, StepRecord, gaussian,
@@ -23,6 +22,7 @@ use serde_json::{Value, json};
 
 use super::args::WorkArgs;
 use super::error::{Exit, Failure};
+use super::memory::MemoryPlan;
 use super::model::{Model, looked_in};
 use super::report::{Reporter, Saver, StepWatch};
 use super::settings::{Search, used_sets};
@@ -45,6 +45,7 @@ struct Computing<'c> {
     rows: Rows,
     /// The template, in words.
     template: String,
+    memory: MemoryPlan,
 }
 
 /// A perturbation, and what was measured on the way to it.
@@ -92,13 +93,24 @@ pub(super) fn prepare<'c>(
     )?;
     let used = used_sets(search, &sets);
     let rows = encode(&encoder, &sets, &used)?;
-    let activations = match work.recompute {
-        true => Activations::Recompute,
-        false => Activations::Keep,
-    };
-    let decoder = model
-        .decoder(config, search.selection().as_ref())?
-        .with_activations(activations);
+    let mut decoder = model.decoder(config, search.selection().as_ref())?;
+    let memory = MemoryPlan::choose(
+        &decoder,
+        &rows,
+        &search.settings,
+        model
+            .whole()
+            .files()
+            .iter()
+            .map(|shard| shard.file.length() as u64)
+            .sum(),
+        work.recompute,
+        work.memory,
+    )?;
+    decoder = decoder.with_activations(memory.activations);
+    if memory.releases {
+        decoder = decoder.releasing(model.whole());
+    }
     let template = encoder.template().to_string();
     for (set, source) in &used {
         reporter.stage(format!(
@@ -117,6 +129,7 @@ pub(super) fn prepare<'c>(
             decoder,
             rows,
             template,
+            memory,
         }),
         data: used.into_iter().map(|(_, source)| source).collect(),
         inputs: model.inputs(&side_inputs(&config_path, &files))?,
@@ -182,10 +195,10 @@ impl Prepared<'_> {
     }
 
     /// What computes and on which rows, where the method needs it.
-    pub(super) fn computing(&self) -> Option<(&Decoder<'_>, &Rows)> {
+    pub(super) fn computing(&self) -> Option<(&Decoder<'_>, &Rows, &MemoryPlan)> {
         self.computing
             .as_ref()
-            .map(|computing| (&computing.decoder, &computing.rows))
+            .map(|computing| (&computing.decoder, &computing.rows, &computing.memory))
     }
 
     /// The data sets that are used.

@@ -13,6 +13,7 @@ mod form;
 mod inspect;
 mod interrupt;
 mod keygen;
+mod memory;
 mod model;
 mod optimize;
 mod output;

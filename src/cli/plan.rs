@@ -8,8 +8,8 @@ use std::path::Path;
 
 use panacea_formats::{Checkpoint, Layout, Perturbation, copied_bytes};
 use panacea_patch::manifest::{manifest_path, signature_path};
-use panacea_patch::model::{Decoder, EncodedRow, LOGITS_BYTES};
-use panacea_patch::optimize::{FinalEps, PACK_TOKENS, Panacea, Radius, Rows, Settings};
+use panacea_patch::model::{Decoder, EncodedRow};
+use panacea_patch::optimize::{Radius, Rows, Settings};
 use serde_json::{Value, json};
 
 use super::error::Failure;
@@ -31,7 +31,7 @@ pub(super) struct Plan {
     written_bytes: u64,
     /// How exact that is, in words before it.
     written: &'static str,
-    /// What is held in memory besides the mapped weights: a name and its length.
+    /// What is held in memory: a name and its length.
     memory: Vec<(&'static str, u64)>,
     /// Floating-point operations, at most.
     operations: f64,
@@ -95,25 +95,8 @@ impl Plan {
         let one = 4 * elements as u64;
         match prepared.computing() {
             None => plan.memory.push(("1 copy of the targets in f32", one)),
-            Some((decoder, rows)) => {
-                // The most `TargetTensors` that the method holds at once.
-                let copies = match &search.settings {
-                    Settings::Random(_) => ("1 copy of the targets in f32", one),
-                    Settings::Panacea(panacea) if panacea.steps == 0 => {
-                        ("1 copy of the targets in f32", one)
-                    }
-                    Settings::Adaptive(_) => ("4 copies of the targets in f32", 4 * one),
-                    Settings::Panacea(Panacea {
-                        final_eps: FinalEps::Whole,
-                        ..
-                    }) => ("6 copies of the targets in f32", 6 * one),
-                    Settings::Panacea(_) => ("7 copies of the targets in f32", 7 * one),
-                };
-                let longest = longest_row(rows).max(PACK_TOKENS);
-                plan.memory.push(copies);
-                plan.memory
-                    .push(("activations", decoder.activation_bytes(longest) as u64));
-                plan.memory.push(("logits", 2 * LOGITS_BYTES as u64));
+            Some((decoder, rows, memory)) => {
+                plan.memory.extend_from_slice(&memory.parts);
                 plan.operations = operations(model.whole(), search, decoder, elements, rows);
             }
         }
@@ -212,10 +195,7 @@ impl Plan {
             table.row("", name);
         }
         let memory: u64 = self.memory.iter().map(|(_, length)| length).sum();
-        table.row(
-            "memory",
-            format!("about {} besides the mapped weights", bytes(memory)),
-        );
+        table.row("memory", format!("about {}", bytes(memory)));
         for (name, length) in &self.memory {
             table.row("", sized(name, *length));
         }
@@ -274,15 +254,6 @@ fn sized(name: &str, length: u64) -> String {
         0 => name.to_owned(),
         _ => format!("{name}, {}", bytes(length)),
     }
-}
-
-fn longest_row(rows: &Rows) -> usize {
-    [&rows.harmful, &rows.refusals, &rows.task, &rows.benign]
-        .into_iter()
-        .flatten()
-        .map(|row| row.tokens.len())
-        .max()
-        .unwrap_or(0)
 }
 
 /// Tokens that are computed, and how many of them predict one whose loss counts.

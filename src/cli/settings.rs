@@ -282,6 +282,7 @@ pub(super) fn refuse_search_flags(args: &PatchArgs) -> Result<(), Failure> {
         ("--task-budget", method.task_budget.is_some()),
         ("--seed", method.seed.is_some() && !stochastic),
         ("--recompute", work.recompute),
+        ("--memory", work.memory.is_some()),
         ("--resume", work.resume),
         ("--state-every", work.state_every.is_some()),
     ];

@@ -4,7 +4,7 @@
 //! [`TargetTensors`]. There is no tape: each block has its hand-written backward ([`super::block`]), which runs from the
 //! last block to the first that holds a target, and stops there.
 
-use panacea_formats::TensorView;
+use panacea_formats::{Checkpoint, TensorView};
 use thiserror::Error;
 
 use super::adapter::AdapterModule;
@@ -13,12 +13,14 @@ use super::config::{BlockConfig, Config};
 use super::head::{Head, HeadScratch, LossSum, Objective};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
-use super::linear::{add_scaled, widen};
+use super::linear::{Linear, add_scaled, widen};
 use super::pack::Pack;
 use super::point::Point;
 use super::targets::{Target, TargetSelection};
 use super::tensors::TargetTensors;
-use super::weights::{BlockMatrices, Space, Weights, WeightsError};
+use super::weights::{
+    Block, BlockMatrices, FeedForward, GatedLinear, Space, Weights, WeightsError,
+};
 
 /// Whether the forward keeps each block's activations for the backward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub struct Decoder<'c> {
     config: Config,
     weights: Weights<'c>,
     activations: Activations,
+    /// Whose pages are given back after each block.
+    released: Option<&'c Checkpoint>,
     workspace: Workspace,
 }
 
@@ -110,6 +114,7 @@ impl<'c> Decoder<'c> {
         Ok(Self {
             weights: Weights::resolve(&config, by_name, space)?,
             activations: Activations::default(),
+            released: None,
             workspace: Workspace {
                 rotations: vec![Rotations::default(); config.rotary.len()],
                 ..Workspace::default()
@@ -123,6 +128,16 @@ impl<'c> Decoder<'c> {
     pub fn with_activations(self, activations: Activations) -> Self {
         Self {
             activations,
+            ..self
+        }
+    }
+
+    /// Gives the pages of `checkpoint`, which the tensors are from, back to the system after each block, so that the weights of one
+    /// block are resident and not the model's.
+    #[must_use]
+    pub fn releasing(self, checkpoint: &'c Checkpoint) -> Self {
+        Self {
+            released: Some(checkpoint),
             ..self
         }
     }
@@ -184,12 +199,25 @@ impl<'c> Decoder<'c> {
         Ok(())
     }
 
-    /// Bytes of activations and logits that a pack of `tokens` tokens needs at most, besides weights and gradients.
-    pub fn activation_bytes(&self, tokens: usize) -> usize {
+    /// Bytes of the largest block's matrices in f32, of one expert where it has several.
+    pub fn block_bytes(&self) -> usize {
+        let of_gated = |gated: &GatedLinear<'_>| elements(&gated.gate_up) + elements(&gated.down);
+        let of_block = |block: &Block<'_>| {
+            let gated = match &block.feed_forward {
+                FeedForward::Dense(gated) => Some(gated),
+                FeedForward::Mixture { experts, .. } => experts.first(),
+            };
+            elements(&block.qkv) + elements(&block.output) + gated.map_or(0, of_gated)
+        };
+        4 * self.weights.blocks.iter().map(of_block).max().unwrap_or(0)
+    }
+
+    /// Bytes of activations that a pack of `tokens` tokens needs at most, besides weights and gradients.
+    pub fn activation_bytes(&self, activations: Activations, tokens: usize) -> usize {
         let config = &self.config;
         let of_block = |place| Saved::floats_per_token(config, place);
         let blocks = config.blocks.iter().map(of_block);
-        let kept: usize = match self.activations {
+        let kept: usize = match activations {
             Activations::Keep => blocks.sum(),
             Activations::Recompute => blocks.max().unwrap_or(0),
         };
@@ -361,6 +389,7 @@ impl<'c> Decoder<'c> {
             config,
             weights,
             activations,
+            released,
             workspace,
         } = self;
         let Workspace {
@@ -390,6 +419,9 @@ impl<'c> Decoder<'c> {
             .forward(&inputs[current], &mut saved[slot], scratch, &mut out);
             inputs[next] = out;
             current = next;
+            if let Some(checkpoint) = released {
+                checkpoint.release();
+            }
         }
         Ok(current)
     }
@@ -406,6 +438,7 @@ impl<'c> Decoder<'c> {
             config,
             weights,
             activations,
+            released,
             workspace,
         } = self;
         let Workspace {
@@ -451,6 +484,9 @@ impl<'c> Decoder<'c> {
                 d,
                 gradient,
             );
+            if let Some(checkpoint) = released {
+                checkpoint.release();
+            }
         }
     }
 
@@ -513,6 +549,11 @@ impl<'c> Decoder<'c> {
 enum Pass {
     Forward,
     ForwardAndBackward,
+}
+
+/// Elements of a layer's matrices.
+fn elements(linear: &Linear<'_>) -> usize {
+    linear.inputs * linear.outputs
 }
 
 fn tokens<'a>(place: &BlockConfig, pack: &'a Pack, rotations: &'a [Rotations]) -> Tokens<'a> {

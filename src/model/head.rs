@@ -17,7 +17,7 @@ use super::pack::{Pack, Prediction};
 pub const LOGITS_BYTES: usize = 24 << 20;
 
 /// Bytes of the output matrix that are widened at once.
-const TILE_BYTES: usize = 16 << 20;
+pub const TILE_BYTES: usize = 16 << 20;
 
 /// A loss summed over predicted tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

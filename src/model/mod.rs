@@ -31,7 +31,7 @@ pub use adapter::AdapterModule;
 pub use config::{Config, ConfigError};
 pub use decoder::{Activations, Decoder, PackError};
 pub use family::MODEL_TYPES;
-pub use head::{LOGITS_BYTES, LossSum};
+pub use head::{LOGITS_BYTES, LossSum, TILE_BYTES};
 pub use pack::{EncodedRow, Pack, Prediction};
 pub use point::Point;
 pub use targets::{SelectionError, Target, TargetSelection, place_of_module};

@@ -1,0 +1,231 @@
+//! How much memory a search takes, and what it does to take no more than it may.
+//!
+//! In: what is computed, and a budget: `--memory`, or what the machine has free. Out: a [`MemoryPlan`]: whether activations are kept or
+//! computed again, whether the pages of weights are given back after each block, and what that adds up to. Neither choice
+//! changes a bit of the result.
+
+use std::str::FromStr;
+
+use panacea_patch::model::{Activations, Decoder, EncodedRow, LOGITS_BYTES, TILE_BYTES};
+use panacea_patch::optimize::{FinalEps, PACK_TOKENS, Panacea, Radius, Rows, Settings};
+use thiserror::Error;
+
+use super::error::{Exit, Failure};
+use super::report::bytes;
+
+/// What a search will hold.
+#[derive(Clone, Debug)]
+pub(super) struct MemoryPlan {
+    pub(super) activations: Activations,
+    /// Whether the pages of weights are given back after each block.
+    pub(super) releases: bool,
+    /// What is held, and how many bytes of it.
+    pub(super) parts: Vec<(&'static str, u64)>,
+}
+
+/// An amount of memory: a number of bytes, or of `K`, `M`, `G` or `T`, each 1024 times the one before, with or without `B` or `iB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct MemorySize(u64);
+
+impl MemoryPlan {
+    /// Chooses the fastest way that keeps to the budget: `given`, or what is free.
+    ///
+    /// # Errors
+    /// When none keeps to the budget that was given. One that the machine seems too small for is tried all the same.
+    pub(super) fn choose(
+        decoder: &Decoder<'_>,
+        rows: &Rows,
+        settings: &Settings,
+        weights: u64,
+        recompute: bool,
+        given: Option<MemorySize>,
+    ) -> Result<Self, Failure> {
+        let plan = |activations, releases| {
+            Self::of(decoder, rows, settings, weights, activations, releases)
+        };
+        let ways = match recompute {
+            true => vec![
+                plan(Activations::Recompute, false),
+                plan(Activations::Recompute, true),
+            ],
+            false => vec![
+                plan(Activations::Keep, false),
+                plan(Activations::Keep, true),
+                plan(Activations::Recompute, true),
+            ],
+        };
+        let least = ways.iter().map(Self::total).min().unwrap_or(0);
+        let mut ways = ways.into_iter();
+        let budget = given.map(|size| size.0).or_else(free_memory);
+        match budget {
+            None => ways.next(),
+            Some(budget) if least <= budget => ways.find(|way| way.total() <= budget),
+            Some(_) if given.is_none() => ways.min_by_key(Self::total),
+            Some(budget) => {
+                return Err(Failure::new(
+                    Exit::Environment,
+                    format!("{} of memory are not enough", bytes(budget)),
+                )
+                .because(format!("at least about {} are needed", bytes(least)))
+                .hint("pass more with --memory, or fewer targets with --targets"));
+            }
+        }
+        .ok_or_else(|| Failure::usage("there is nothing to plan"))
+    }
+
+    /// All parts together.
+    pub(super) fn total(&self) -> u64 {
+        self.parts.iter().map(|(_, length)| length).sum()
+    }
+
+    fn of(
+        decoder: &Decoder<'_>,
+        rows: &Rows,
+        settings: &Settings,
+        weights: u64,
+        activations: Activations,
+        releases: bool,
+    ) -> Self {
+        let one = 4 * decoder.target_sizes().iter().sum::<usize>() as u64;
+        // The most lists of tensors that the method holds at once.
+        let copies = match settings {
+            Settings::Random(_) => ("1 copy of the targets in f32", one),
+            Settings::Panacea(panacea) if panacea.steps == 0 => {
+                ("1 copy of the targets in f32", one)
+            }
+            Settings::Adaptive(_) => ("4 copies of the targets in f32", 4 * one),
+            Settings::Panacea(Panacea {
+                final_eps: FinalEps::Whole,
+                ..
+            }) => ("6 copies of the targets in f32", 6 * one),
+            Settings::Panacea(_) => ("7 copies of the targets in f32", 7 * one),
+        };
+        let tokens = largest_pack(rows, settings);
+        let block = decoder.block_bytes() as u64;
+        let mapped = match releases {
+            false => ("mapped weights", weights),
+            true => ("mapped weights, given back after each block", block),
+        };
+        Self {
+            activations,
+            releases,
+            parts: vec![
+                mapped,
+                copies,
+                (
+                    "activations",
+                    decoder.activation_bytes(activations, tokens) as u64,
+                ),
+                ("a block's matrices in f32", block),
+                ("logits", 2 * LOGITS_BYTES as u64 + TILE_BYTES as u64),
+                ("the program, tokenizer and rows", PROGRAM_BYTES),
+            ],
+        }
+    }
+}
+
+/// Tokens of the largest pack that the method computes.
+fn largest_pack(rows: &Rows, settings: &Settings) -> usize {
+    let sets = [&rows.harmful, &rows.refusals, &rows.task, &rows.benign];
+    let tokens = |row: &EncodedRow| row.tokens.len();
+    let longest = sets.into_iter().flatten().map(tokens).max().unwrap_or(0);
+    let whole = |set: &[EncodedRow]| set.iter().map(tokens).sum::<usize>();
+    let of_batches = match settings {
+        Settings::Adaptive(adaptive) => adaptive.batch.saturating_mul(longest),
+        Settings::Panacea(panacea) if panacea.steps > 0 => panacea.batch.saturating_mul(longest),
+        Settings::Panacea(_) | Settings::Random(_) => 0,
+    };
+    let searches = matches!(
+        settings,
+        Settings::Random(_)
+            | Settings::Panacea(Panacea {
+                rho: Radius::Auto(_),
+                ..
+            })
+            | Settings::Adaptive(_)
+    );
+    let of_benign = if searches { whole(&rows.benign) } else { 0 };
+    let of_harmful = match settings {
+        Settings::Panacea(_) => whole(&rows.harmful),
+        Settings::Adaptive(_) | Settings::Random(_) => 0,
+    };
+    of_batches
+        .max(of_benign)
+        .max(of_harmful)
+        .min(PACK_TOKENS)
+        .max(longest)
+}
+
+/// Memory that can be had without swapping, where the system tells.
+fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024)
+}
+
+impl FromStr for MemorySize {
+    type Err = MemorySizeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let refused = || MemorySizeError {
+            found: text.to_owned(),
+        };
+        let end = text
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(text.len());
+        let (number, unit) = text.split_at(end);
+        let exponent = match unit.trim().to_ascii_uppercase().as_str() {
+            "" | "B" => 0,
+            "K" | "KB" | "KIB" => 1,
+            "M" | "MB" | "MIB" => 2,
+            "G" | "GB" | "GIB" => 3,
+            "T" | "TB" | "TIB" => 4,
+            _ => return Err(refused()),
+        };
+        let number: f64 = number.parse().map_err(|_| refused())?;
+        let size = number * 1024f64.powi(exponent);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a finite number of bytes, of which the fraction means nothing"
+        )]
+        match (1.0..1e18).contains(&size) {
+            true => Ok(Self(size as u64)),
+            false => Err(refused()),
+        }
+    }
+}
+
+/// A text that is no amount of memory.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("`{found}` is not an amount of memory, such as `16G`")]
+pub(super) struct MemorySizeError {
+    found: String,
+}
+
+/// What is resident before anything is computed: 30 MB of program and threads, and a tokenizer of some 50,000 entries.
+const PROGRAM_BYTES: u64 = 64 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_in_powers_of_1024() {
+        for (text, wanted) in [
+            ("7", 7),
+            ("1K", 1 << 10),
+            ("1.5 MiB", 3 << 19),
+            ("20gb", 20 << 30),
+            ("2T", 2 << 40),
+        ] {
+            assert_eq!(text.parse(), Ok(MemorySize(wanted)), "{text}");
+        }
+        for text in ["", "G", "0", "-1G", "1X", "1e99T", "nan"] {
+            assert!(text.parse::<MemorySize>().is_err(), "{text}");
+        }
+    }
+}
