@@ -5,7 +5,8 @@
 //! the adapter saves whole takes the place of the base's, in the base's type.
 //!
 //! A + dA and B + dB are kept in `f32`, whatever the adapter is stored in: only the sum is rounded, once. The scale is multiplied
-//! into B. PEFT multiplies the product instead, so that its `merge_and_unload` of an F32 adapter may differ by one rounding.
+//! into B. PEFT multiplies the product instead, so that its `merge_and_unload` of an F32 adapter may differ by one rounding, and
+//! where W and the product almost cancel by what f32 itself leaves open.
 //!
 //! The [`RealizedChange`](super::RealizedChange) is that of the perturbation: what a merge without it would have stored is
 //! subtracted from what is stored. Tensors that are saved whole are not part of it.
