@@ -101,20 +101,19 @@ pub(crate) enum Threads {
     All,
 }
 
-/// Columns of the output that one task computes: three of the kernel's tiles with AVX-512, twelve with AVX2.
-const COLUMNS: usize = 192;
+/// The kernel's tile with AVX-512; with AVX2 it is as high and a quarter as wide.
+const TILE: [usize; 2] = [6, 64];
 
-/// Rows of the output that one task computes, at least: with fewer, arranging the operands costs more than a second task saves.
-const ROWS: usize = 160;
+/// Tiles, down and across, that a task has at least. One of 64 by 64 elements or less would be summed in another order.
+const LEAST_TILES: [usize; 2] = [11, 2];
 
-/// The height of the kernel's tile, so that only the last task of a column has an incomplete one.
-const TILE_ROWS: usize = 6;
+/// What arranging one element of an operand costs, in products of two elements.
+const ARRANGING: usize = 20;
 
 /// `out = scale * a b`, or `out += scale * a b`.
 ///
-/// The output is cut into tasks by its shape alone, and each element is a sum over the inner dimension in an order that depends on
-/// the task's shape: the number of threads changes nothing. On the shapes of a 135M-parameter model, two cores, 192 columns
-/// by half of the rows reached 300 to 350 GFLOP/s where 96 columns by all rows reached 300 to 325, and gemm's own threads 220 to 400.
+/// The output is cut into tasks of whole tiles, as many as the threads need. Each element is a sum over the inner dimension in an order
+/// that depends on that dimension alone, so the cut changes nothing but the time.
 pub(crate) fn matmul(
     out: MatrixMut<'_>,
     output: Output,
@@ -141,15 +140,41 @@ pub(crate) fn matmul(
         product.compute(0..rows, 0..cols);
         return;
     }
-    let across = cols.div_ceil(COLUMNS);
-    let height = rows
-        .div_ceil((rows / ROWS).max(1))
-        .next_multiple_of(TILE_ROWS);
-    let down = rows.div_ceil(height);
-    (0..across * down).into_par_iter().for_each(|task| {
-        let (row, col) = (task / across * height, task % across * COLUMNS);
-        product.compute(row..rows.min(row + height), col..cols.min(col + COLUMNS));
+    let [down, across] = cut([rows, cols], rayon::current_num_threads());
+    (0..down * across).into_par_iter().for_each(|task| {
+        product.compute(
+            part(rows, TILE[0], down, task / across),
+            part(cols, TILE[1], across, task % across),
+        );
     });
+}
+
+/// Into how many parts rows and columns are cut for `threads` threads: those with which the last of them is done first.
+fn cut(shape: [usize; 2], threads: usize) -> [usize; 2] {
+    if threads == 1 {
+        return [1, 1];
+    }
+    let most = |side: usize| (shape[side] / TILE[side] / LEAST_TILES[side]).clamp(1, 2 * threads);
+    let length =
+        |side: usize, parts: usize| (shape[side] / TILE[side]).div_ceil(parts).max(1) * TILE[side];
+    let cost = |&[down, across]: &[usize; 2]| {
+        let (rows, cols) = (length(0, down), length(1, across));
+        (down * across).div_ceil(threads) * (rows * cols + ARRANGING * (rows + cols))
+    };
+    (1..=most(0))
+        .flat_map(|down| (1..=most(1)).map(move |across| [down, across]))
+        .min_by_key(cost)
+        .unwrap_or([1, 1])
+}
+
+/// Part number `index` of `parts` of a side: whole tiles, and in the last part what is left.
+fn part(length: usize, tile: usize, parts: usize, index: usize) -> Range<usize> {
+    let tiles = length / tile;
+    let end = match index + 1 == parts {
+        true => length,
+        false => (index + 1) * tiles / parts * tile,
+    };
+    index * tiles / parts * tile..end
 }
 
 /// A product whose shapes were checked: `a` is rows x inner, `b` inner x columns, and every element of the output lies inside what
