@@ -52,6 +52,13 @@ impl Frequencies {
         ])
     }
 
+    /// Sound settings can still divide by 0, such as by the logarithm of a context of 1.
+    fn are_finite(&self) -> bool {
+        let long = self.long.iter().flat_map(|(_, inverse)| inverse);
+        let mut all = self.inverse.iter().chain(long);
+        self.attention_factor.is_finite() && all.all(|it| it.is_finite())
+    }
+
     fn unscaled(inverse: Vec<f32>) -> Self {
         Self {
             inverse,
@@ -130,20 +137,29 @@ impl<'a> Rope<'a> {
     }
 
     fn resolve(&self) -> Result<Frequencies, ConfigError> {
-        match self.kind {
-            "default" => Ok(Frequencies::unscaled(self.inverse())),
+        let frequencies = match self.kind {
+            "default" => Frequencies::unscaled(self.inverse()),
             "linear" => {
                 let factor = narrowed(self.needed("factor")?);
                 let inverse = self.inverse().into_iter().map(|f| f / factor);
-                Ok(Frequencies::unscaled(inverse.collect()))
+                Frequencies::unscaled(inverse.collect())
             }
-            "llama3" => self.llama3(),
-            "longrope" => self.longrope(),
-            "yarn" => self.yarn(),
-            other => Err(ConfigError::Unsupported {
-                setting: "rope_type".to_owned(),
-                found: format!("\"{other}\""),
-            }),
+            "llama3" => self.llama3()?,
+            "longrope" => self.longrope()?,
+            "yarn" => self.yarn()?,
+            other => {
+                return Err(ConfigError::Unsupported {
+                    setting: "rope_type".to_owned(),
+                    found: format!("\"{other}\""),
+                });
+            }
+        };
+        match frequencies.are_finite() {
+            true => Ok(frequencies),
+            false => Err(ConfigError::Sizes(format!(
+                "the rope settings, of type `{}` with a theta of {}, give frequencies that are not finite",
+                self.kind, self.theta
+            ))),
         }
     }
 
@@ -227,8 +243,8 @@ impl<'a> Rope<'a> {
             dimensions as f64 * (context / (turns * 2.0 * std::f64::consts::PI)).ln()
                 / (2.0 * theta.ln())
         };
-        let mut low = pair(rope.number("beta_fast")?.unwrap_or(32.0));
-        let mut high = pair(rope.number("beta_slow")?.unwrap_or(1.0));
+        let mut low = pair(rope.positive("beta_fast")?.unwrap_or(32.0));
+        let mut high = pair(rope.positive("beta_slow")?.unwrap_or(1.0));
         if rope.optional_flag("truncate")? != Some(false) {
             (low, high) = (low.floor(), high.ceil());
         }
@@ -405,6 +421,23 @@ mod tests {
             (
                 r#"{"rope_parameters": {"partial_rotary_factor": 0.5}}"#,
                 "`partial_rotary_factor` is 0.5",
+            ),
+            (
+                r#"{"rope_scaling": {"rope_type": "linear", "factor": 0}}"#,
+                "`factor` is 0, where a number above 0",
+            ),
+            (
+                r#"{"rope_scaling": {"rope_type": "linear", "factor": 1e-50}}"#,
+                "where a number above 0 that f32 holds",
+            ),
+            (
+                r#"{"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": -32, "original_max_position_embeddings": 64}}"#,
+                "`beta_fast` is -32, where a number above 0",
+            ),
+            (
+                r#"{"max_position_embeddings": 8, "original_max_position_embeddings": 1, "rope_scaling": {"rope_type": "longrope",
+                    "short_factor": [1, 1, 1, 1], "long_factor": [1, 1, 1, 1]}}"#,
+                "of type `longrope` with a theta of 10000, give frequencies that are not finite",
             ),
         ] {
             let error = resolve(config).expect_err(config).to_string();
