@@ -4,7 +4,7 @@
 //! and `rope_scaling`). Out: one inverse frequency for each rotated pair of dimensions. All arithmetic is f32, in the order
 //! of transformers' `modeling_rope_utils.py`, since an angle is a frequency times a position of thousands.
 
-use serde_json::Map;
+use serde_json::{Map, Value};
 
 use super::config::ConfigError;
 use super::family::Family;
@@ -29,9 +29,18 @@ impl Frequencies {
         config: Settings<'_>,
         head_dim: usize,
     ) -> Result<Vec<Self>, ConfigError> {
-        let nested = match config.object("rope_parameters")? {
-            None => config.object("rope_scaling")?,
-            some => some,
+        let object = |setting| -> Result<_, ConfigError> {
+            Ok(config.object(setting)?.filter(|it| !it.is_empty()))
+        };
+        let nested = match (object("rope_parameters")?, object("rope_scaling")?) {
+            // transformers 5 would read the old spelling, others the new one.
+            (Some(new), Some(old)) if new != old => {
+                return Err(ConfigError::Sizes(
+                    "`rope_parameters` and `rope_scaling` are both there, and say different things"
+                        .to_owned(),
+                ));
+            }
+            (new, old) => new.or(old),
         };
         let empty = Map::new();
         let rope = Settings::of(nested.unwrap_or(&empty));
@@ -41,10 +50,13 @@ impl Frequencies {
             return Ok(vec![rotary(rope, theta("rope_theta")?)?]);
         }
         let part = |kind| Ok(Settings::of(rope.object(kind)?.unwrap_or(&empty)));
-        let has_parts = ["full_attention", "sliding_attention"].map(|kind| rope.value(kind));
-        let (global, local) = match has_parts {
+        let parts = ["full_attention", "sliding_attention"];
+        let (global, local) = match parts.map(|kind| rope.value(kind)) {
             [None, None] => (rope, Settings::of(&empty)),
-            _ => (part("full_attention")?, part("sliding_attention")?),
+            _ => match rope.active().find(|(name, _)| !parts.contains(name)) {
+                None => (part(parts[0])?, part(parts[1])?),
+                Some(beside) => return Err(unsupported(beside)),
+            },
         };
         Ok(vec![
             rotary(global, theta("rope_theta")?)?,
@@ -88,11 +100,8 @@ impl<'a> Rope<'a> {
         head_dim: usize,
         default_theta: f64,
     ) -> Result<Self, ConfigError> {
-        if let Some((setting, value)) = own.active().find(|(name, _)| !KNOWN.contains(name)) {
-            return Err(ConfigError::Unsupported {
-                setting: format!("rope_parameters.{setting}"),
-                found: value.to_string(),
-            });
+        if let Some(unknown) = own.active().find(|(name, _)| !KNOWN.contains(name)) {
+            return Err(unsupported(unknown));
         }
         let kind = match own.text("rope_type")? {
             Some(kind) => kind,
@@ -318,6 +327,14 @@ impl<'a> Rope<'a> {
     }
 }
 
+/// The refusal of a setting of a rotary embedding.
+fn unsupported((setting, value): (&str, &Value)) -> ConfigError {
+    ConfigError::Unsupported {
+        setting: format!("rope_parameters.{setting}"),
+        found: value.to_string(),
+    }
+}
+
 /// What the settings of a rotary embedding may be called.
 const KNOWN: &[&str] = &[
     "attention_factor",
@@ -392,6 +409,10 @@ mod tests {
         let old = old.expect("frequencies");
         assert_eq!(old, new.expect("frequencies"));
         assert_eq!(old.inverse[0], 0.5);
+        let both = resolve(
+            r#"{"rope_theta": 500000.0, "rope_parameters": {}, "rope_scaling": {"type": "linear", "factor": 2.0}}"#,
+        );
+        assert_eq!(old, both.expect("frequencies"));
         assert_eq!(resolve("{}").expect("frequencies").inverse[2], 0.01);
     }
 
@@ -413,6 +434,10 @@ mod tests {
             (
                 r#"{"rope_scaling": {"rope_type": "linear"}}"#,
                 "`factor` is missing",
+            ),
+            (
+                r#"{"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}"#,
+                "`rope_parameters` and `rope_scaling` are both there, and say different things",
             ),
             (
                 r#"{"rope_parameters": 3}"#,
@@ -443,5 +468,11 @@ mod tests {
             let error = resolve(config).expect_err(config).to_string();
             assert!(error.contains(words), "{config}: {error}");
         }
+        let beside = resolve_as(
+            "gemma3_text",
+            r#"{"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "factor": 8.0}}"#,
+        );
+        let error = beside.expect_err("a factor of neither").to_string();
+        assert!(error.contains("`rope_parameters.factor` is 8.0"), "{error}");
     }
 }
