@@ -25,7 +25,7 @@
 //! parameters      an object: the settings of the method
 //! direction       "restores-safety"; nothing else is read, so that no file can be applied that was made to weaken a model
 //! seed            of every random choice
-//! space           "weights": the deltas are added to the weights themselves
+//! space           "weights": the deltas are added to the weights of a model; "adapter": to A and B of a LoRA adapter
 //! base            {tensor: {dtype, shape, sha256}}: the tensors it is for; the digest is of the stored bytes
 //! data            [{role, name, sha256, rows}]: what it was found from
 //! tool            what wrote it

@@ -258,6 +258,17 @@ fn resolve(
             "`head_dim` {head_dim} is odd, and rotary embedding rotates pairs"
         )));
     }
+    let num_hidden_layers = needed("num_hidden_layers")?;
+    for (size, most, what) in [
+        (head_dim, MAX_HEAD_DIM, "elements of a head"),
+        (num_hidden_layers, MAX_BLOCKS, "blocks"),
+    ] {
+        if size > most {
+            return Err(ConfigError::Sizes(format!(
+                "it asks for {size} {what}, above the limit of {most}"
+            )));
+        }
+    }
     check_activation(family, settings)?;
     let bias = settings.flag("attention_bias")?;
     let (qkv_bias, output_bias) = match family.attention_bias {
@@ -266,7 +277,7 @@ fn resolve(
         AttentionBias::Setting => (bias, bias),
     };
     let experts = experts(family, settings)?;
-    let blocks = blocks(family, settings, needed("num_hidden_layers")?, experts)?;
+    let blocks = blocks(family, settings, num_hidden_layers, experts)?;
     Ok(Config {
         model_type: family.model_type,
         vocab_size: needed("vocab_size")?,
@@ -277,7 +288,7 @@ fn resolve(
         tie_word_embeddings,
         rotary: Frequencies::resolve(family, settings, head_dim)?,
         blocks,
-        rms_norm_eps: settings.number("rms_norm_eps")?.map_or(1e-6, narrowed),
+        rms_norm_eps: settings.positive("rms_norm_eps")?.map_or(1e-6, narrowed),
         norms: family.norms,
         norm_offset: family.norm_offset,
         head_norm: family.head_norm,
@@ -359,13 +370,12 @@ fn check_activation(family: &Family, settings: Settings<'_>) -> Result<(), Confi
     for setting in ["hidden_act", "hidden_activation"] {
         let fits = |name: &str| match family.activation {
             Activation::Silu => matches!(name, "silu" | "swish"),
-            // "gelu" in the first configs of Gemma means the approximation by tanh, too.
-            Activation::GeluTanh => {
-                matches!(
-                    name,
-                    "gelu_pytorch_tanh" | "gelu_new" | "gelu" | "gelu_fast"
-                )
-            }
+            Activation::GeluTanh => match name {
+                "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => true,
+                // There the first configs of Gemma mean the approximation by tanh, and later families do not read it.
+                "gelu" => setting == "hidden_act",
+                _ => false,
+            },
         };
         if let Some(name) = settings.text(setting)?.filter(|name| !fits(name)) {
             return Err(ConfigError::Unsupported {
@@ -505,6 +515,12 @@ fn blocks(
         })
         .collect()
 }
+
+/// Widest head. What is made of its width alone, before any tensor is seen, stays small; published heads have 256 elements at most.
+const MAX_HEAD_DIM: usize = 1 << 16;
+
+/// Most blocks, for the same reason; published models have some hundred.
+const MAX_BLOCKS: usize = 1 << 16;
 
 /// One over the square root of a width, as f32.
 #[expect(
@@ -683,6 +699,26 @@ mod tests {
             ),
             (r#"{"head_dim": 7}"#, "`head_dim` 7 is odd"),
             (
+                r#"{"head_dim": 65538}"#,
+                "65538 elements of a head, above the limit of 65536",
+            ),
+            (
+                r#"{"num_hidden_layers": 65537}"#,
+                "65537 blocks, above the limit of 65536",
+            ),
+            (
+                r#"{"rms_norm_eps": -1e-6}"#,
+                "`rms_norm_eps` is -1e-6, where a number above 0",
+            ),
+            (
+                r#"{"model_type": "granite", "residual_multiplier": 1e39}"#,
+                "`residual_multiplier` is 1e+39, where a number that f32 holds",
+            ),
+            (
+                r#"{"model_type": "gemma3_text", "hidden_act": null, "hidden_activation": "gelu"}"#,
+                "`hidden_activation` is \"gelu\"",
+            ),
+            (
                 r#"{"final_logit_softcapping": 30.0}"#,
                 "`final_logit_softcapping` is 30.0, and what that does to a `llama` model",
             ),
@@ -716,6 +752,15 @@ mod tests {
             assert!(error.contains(words), "{changes}: {error}");
         }
         assert!(matches!(Config::parse("[1]"), Err(ConfigError::Json(_))));
+    }
+
+    #[test]
+    fn the_largest_sizes_are_accepted() {
+        let config = parse(r#"{"head_dim": 65536, "num_hidden_layers": 65536}"#).expect("a config");
+        assert_eq!(
+            (config.head_dim, config.num_hidden_layers()),
+            (65536, 65536)
+        );
     }
 
     #[test]

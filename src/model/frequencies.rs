@@ -4,7 +4,7 @@
 //! and `rope_scaling`). Out: one inverse frequency for each rotated pair of dimensions. All arithmetic is f32, in the order
 //! of transformers' `modeling_rope_utils.py`, since an angle is a frequency times a position of thousands.
 
-use serde_json::Map;
+use serde_json::{Map, Value};
 
 use super::config::ConfigError;
 use super::family::Family;
@@ -29,9 +29,18 @@ impl Frequencies {
         config: Settings<'_>,
         head_dim: usize,
     ) -> Result<Vec<Self>, ConfigError> {
-        let nested = match config.object("rope_parameters")? {
-            None => config.object("rope_scaling")?,
-            some => some,
+        let object = |setting| -> Result<_, ConfigError> {
+            Ok(config.object(setting)?.filter(|it| !it.is_empty()))
+        };
+        let nested = match (object("rope_parameters")?, object("rope_scaling")?) {
+            // transformers 5 would read the old spelling, others the new one.
+            (Some(new), Some(old)) if new != old => {
+                return Err(ConfigError::Sizes(
+                    "`rope_parameters` and `rope_scaling` are both there, and say different things"
+                        .to_owned(),
+                ));
+            }
+            (new, old) => new.or(old),
         };
         let empty = Map::new();
         let rope = Settings::of(nested.unwrap_or(&empty));
@@ -41,15 +50,25 @@ impl Frequencies {
             return Ok(vec![rotary(rope, theta("rope_theta")?)?]);
         }
         let part = |kind| Ok(Settings::of(rope.object(kind)?.unwrap_or(&empty)));
-        let has_parts = ["full_attention", "sliding_attention"].map(|kind| rope.value(kind));
-        let (global, local) = match has_parts {
+        let parts = ["full_attention", "sliding_attention"];
+        let (global, local) = match parts.map(|kind| rope.value(kind)) {
             [None, None] => (rope, Settings::of(&empty)),
-            _ => (part("full_attention")?, part("sliding_attention")?),
+            _ => match rope.active().find(|(name, _)| !parts.contains(name)) {
+                None => (part(parts[0])?, part(parts[1])?),
+                Some(beside) => return Err(unsupported(beside)),
+            },
         };
         Ok(vec![
             rotary(global, theta("rope_theta")?)?,
             rotary(local, theta("rope_local_base_freq")?)?,
         ])
+    }
+
+    /// Sound settings can still divide by 0, such as by the logarithm of a context of 1.
+    fn are_finite(&self) -> bool {
+        let long = self.long.iter().flat_map(|(_, inverse)| inverse);
+        let mut all = self.inverse.iter().chain(long);
+        self.attention_factor.is_finite() && all.all(|it| it.is_finite())
     }
 
     fn unscaled(inverse: Vec<f32>) -> Self {
@@ -81,11 +100,8 @@ impl<'a> Rope<'a> {
         head_dim: usize,
         default_theta: f64,
     ) -> Result<Self, ConfigError> {
-        if let Some((setting, value)) = own.active().find(|(name, _)| !KNOWN.contains(name)) {
-            return Err(ConfigError::Unsupported {
-                setting: format!("rope_parameters.{setting}"),
-                found: value.to_string(),
-            });
+        if let Some(unknown) = own.active().find(|(name, _)| !KNOWN.contains(name)) {
+            return Err(unsupported(unknown));
         }
         let kind = match own.text("rope_type")? {
             Some(kind) => kind,
@@ -130,20 +146,29 @@ impl<'a> Rope<'a> {
     }
 
     fn resolve(&self) -> Result<Frequencies, ConfigError> {
-        match self.kind {
-            "default" => Ok(Frequencies::unscaled(self.inverse())),
+        let frequencies = match self.kind {
+            "default" => Frequencies::unscaled(self.inverse()),
             "linear" => {
                 let factor = narrowed(self.needed("factor")?);
                 let inverse = self.inverse().into_iter().map(|f| f / factor);
-                Ok(Frequencies::unscaled(inverse.collect()))
+                Frequencies::unscaled(inverse.collect())
             }
-            "llama3" => self.llama3(),
-            "longrope" => self.longrope(),
-            "yarn" => self.yarn(),
-            other => Err(ConfigError::Unsupported {
-                setting: "rope_type".to_owned(),
-                found: format!("\"{other}\""),
-            }),
+            "llama3" => self.llama3()?,
+            "longrope" => self.longrope()?,
+            "yarn" => self.yarn()?,
+            other => {
+                return Err(ConfigError::Unsupported {
+                    setting: "rope_type".to_owned(),
+                    found: format!("\"{other}\""),
+                });
+            }
+        };
+        match frequencies.are_finite() {
+            true => Ok(frequencies),
+            false => Err(ConfigError::Sizes(format!(
+                "the rope settings, of type `{}` with a theta of {}, give frequencies that are not finite",
+                self.kind, self.theta
+            ))),
         }
     }
 
@@ -227,8 +252,8 @@ impl<'a> Rope<'a> {
             dimensions as f64 * (context / (turns * 2.0 * std::f64::consts::PI)).ln()
                 / (2.0 * theta.ln())
         };
-        let mut low = pair(rope.number("beta_fast")?.unwrap_or(32.0));
-        let mut high = pair(rope.number("beta_slow")?.unwrap_or(1.0));
+        let mut low = pair(rope.positive("beta_fast")?.unwrap_or(32.0));
+        let mut high = pair(rope.positive("beta_slow")?.unwrap_or(1.0));
         if rope.optional_flag("truncate")? != Some(false) {
             (low, high) = (low.floor(), high.ceil());
         }
@@ -299,6 +324,14 @@ impl<'a> Rope<'a> {
             long: Some((above, factors("long_factor")?)),
             attention_factor: narrowed(attention_factor),
         })
+    }
+}
+
+/// The refusal of a setting of a rotary embedding.
+fn unsupported((setting, value): (&str, &Value)) -> ConfigError {
+    ConfigError::Unsupported {
+        setting: format!("rope_parameters.{setting}"),
+        found: value.to_string(),
     }
 }
 
@@ -376,6 +409,10 @@ mod tests {
         let old = old.expect("frequencies");
         assert_eq!(old, new.expect("frequencies"));
         assert_eq!(old.inverse[0], 0.5);
+        let both = resolve(
+            r#"{"rope_theta": 500000.0, "rope_parameters": {}, "rope_scaling": {"type": "linear", "factor": 2.0}}"#,
+        );
+        assert_eq!(old, both.expect("frequencies"));
         assert_eq!(resolve("{}").expect("frequencies").inverse[2], 0.01);
     }
 
@@ -399,6 +436,10 @@ mod tests {
                 "`factor` is missing",
             ),
             (
+                r#"{"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}"#,
+                "`rope_parameters` and `rope_scaling` are both there, and say different things",
+            ),
+            (
                 r#"{"rope_parameters": 3}"#,
                 "`rope_parameters` is 3, where an object",
             ),
@@ -406,9 +447,32 @@ mod tests {
                 r#"{"rope_parameters": {"partial_rotary_factor": 0.5}}"#,
                 "`partial_rotary_factor` is 0.5",
             ),
+            (
+                r#"{"rope_scaling": {"rope_type": "linear", "factor": 0}}"#,
+                "`factor` is 0, where a number above 0",
+            ),
+            (
+                r#"{"rope_scaling": {"rope_type": "linear", "factor": 1e-50}}"#,
+                "where a number above 0 that f32 holds",
+            ),
+            (
+                r#"{"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": -32, "original_max_position_embeddings": 64}}"#,
+                "`beta_fast` is -32, where a number above 0",
+            ),
+            (
+                r#"{"max_position_embeddings": 8, "original_max_position_embeddings": 1, "rope_scaling": {"rope_type": "longrope",
+                    "short_factor": [1, 1, 1, 1], "long_factor": [1, 1, 1, 1]}}"#,
+                "of type `longrope` with a theta of 10000, give frequencies that are not finite",
+            ),
         ] {
             let error = resolve(config).expect_err(config).to_string();
             assert!(error.contains(words), "{config}: {error}");
         }
+        let beside = resolve_as(
+            "gemma3_text",
+            r#"{"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "factor": 8.0}}"#,
+        );
+        let error = beside.expect_err("a factor of neither").to_string();
+        assert!(error.contains("`rope_parameters.factor` is 8.0"), "{error}");
     }
 }

@@ -58,18 +58,19 @@ impl<'a> Settings<'a> {
         self.typed(setting, "an object", Value::as_object)
     }
 
-    /// A finite number; no JSON number is infinite, but one may be too large for f64.
+    /// A number that is finite in f32 too, in which all of them are used.
     pub(super) fn number(self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
-        let given = self.typed(setting, "a number", |value| {
-            value.as_f64().filter(|x| x.is_finite())
+        let given = self.typed(setting, "a number that f32 holds", |value| {
+            value.as_f64().filter(|&x| narrowed(x).is_finite())
         })?;
         Ok(given.or_else(|| self.default(setting)))
     }
 
-    /// A number above 0.
+    /// A number above 0, in f32 too.
     pub(super) fn positive(self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
-        let given = self.typed(setting, "a number above 0", |value| {
-            value.as_f64().filter(|&x| x > 0.0 && x.is_finite())
+        let given = self.typed(setting, "a number above 0 that f32 holds", |value| {
+            let fits = |&x: &f64| narrowed(x) > 0.0 && narrowed(x).is_finite();
+            value.as_f64().filter(fits)
         })?;
         Ok(given.or_else(|| self.default(setting)))
     }
@@ -106,10 +107,10 @@ impl<'a> Settings<'a> {
         Ok(list.unwrap_or_default())
     }
 
-    /// A list of finite numbers.
+    /// A list of numbers that are finite in f32 too.
     pub(super) fn numbers(self, setting: &'static str) -> Result<Option<Vec<f64>>, ConfigError> {
-        self.list(setting, "a list of numbers", |value| {
-            value.as_f64().filter(|x| x.is_finite())
+        self.list(setting, "a list of numbers that f32 holds", |value| {
+            value.as_f64().filter(|&x| narrowed(x).is_finite())
         })
     }
 
