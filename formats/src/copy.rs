@@ -1,12 +1,13 @@
 //! Writes a copy of a checkpoint in which chosen tensors have other bytes, and nothing else differs.
 //!
 //! In: an open checkpoint, a [`Patch`] that says what the chosen tensors' bytes become, and an output. Out: every file with its
-//! length and digest. The header of each file of weights is repeated byte for byte, so that order, metadata, offsets and element
+//! length and digest, and the digests of the files that were read. The header of each file of weights is repeated byte for byte, so that order, metadata, offsets and element
 //! types stay; all other ranges and all side files are copied.
 //!
-//! A window of chunks is patched in parallel while the one before is hashed and written. Chunks have a fixed size and come in a
-//! fixed order, so bytes and reports do not depend on the number of threads. Memory: at most 8 chunks of 4 MiB, whatever the
-//! size of the checkpoint.
+//! Every byte is read once. A window of chunks is patched in parallel while the one before is hashed, as it was and as it will be,
+//! and written; a few files go on at the same time. Chunks have a fixed size, and what is learned from them is told in a fixed
+//! order, so bytes and reports do not depend on the number of threads. Memory: at most 8 chunks of 4 MiB for each of 2 files,
+//! whatever the size of the checkpoint.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -16,7 +17,8 @@ use rayon::prelude::*;
 use thiserror::Error;
 
 use crate::atomic::{HashedFile, OutputDir, OutputError, OutputFile, WrittenFile};
-use crate::checkpoint::{Checkpoint, Layout, SideFile, SideFiles};
+use crate::checkpoint::{Checkpoint, Layout, Shard, SideFile, SideFiles};
+use crate::digest::{Hasher, Sha256};
 use crate::dtype::Dtype;
 use crate::error::{FormatError, shown};
 use crate::safetensors::SafetensorsFile;
@@ -47,12 +49,12 @@ pub trait Patch: Sync {
 
 /// Watches long work, and can end it.
 pub trait Observer: Sync {
-    /// `bytes` more were done. From one thread at a time.
+    /// `bytes` more were done. From any thread.
     fn advanced(&self, bytes: u64) {
         let _ = bytes;
     }
 
-    /// Whether to stop. Asked before every chunk.
+    /// Whether to stop. Asked before every few chunks, from any thread.
     fn interrupted(&self) -> bool {
         false
     }
@@ -75,6 +77,8 @@ pub enum Destination<'a> {
 pub struct WrittenCheckpoint {
     /// Every file written, by name.
     pub files: Vec<WrittenFile>,
+    /// Every file of weights that was read, by name, with the digest of its bytes.
+    pub sources: Vec<(String, Sha256)>,
     /// Which side files were copied, and which were not and why.
     pub side_files: SideFiles,
 }
@@ -103,7 +107,7 @@ pub fn copied_bytes(checkpoint: &Checkpoint) -> Result<u64, FormatError> {
 /// after file, tensor after tensor, chunk after chunk. Nothing is committed.
 ///
 /// # Errors
-/// [`WriteError`]; the output is then incomplete and should be dropped.
+/// [`WriteError`], of several the one about the first file; the output is then incomplete and should be dropped.
 pub fn write_checkpoint<P: Patch>(
     checkpoint: &Checkpoint,
     patch: &P,
@@ -113,12 +117,28 @@ pub fn write_checkpoint<P: Patch>(
 ) -> Result<WrittenCheckpoint, WriteError<P::Error>> {
     let side_files = checkpoint.side_files()?;
     let mut files = Vec::new();
+    let mut sources = Vec::new();
     match destination {
         Destination::Directory(output) if checkpoint.layout() != Layout::LoneFile => {
-            for shard in checkpoint.files() {
-                let mut file = output.create_file(&shard.name)?;
-                write_shard(&shard.file, patch, &mut file, observer, &mut reported)?;
-                files.push(file.finish()?);
+            for shards in checkpoint.files().chunks(FILES_AT_ONCE) {
+                let mut pairs = Vec::new();
+                for shard in shards {
+                    pairs.push((shard, output.create_file(&shard.name)?));
+                }
+                let written: Vec<CopiedShard<'_, P>> = pairs
+                    .into_par_iter()
+                    .with_max_len(1)
+                    .map(|(shard, mut file)| {
+                        let source = write_shard(shard, patch, &mut file, observer)?;
+                        Ok((source, file.finish()?))
+                    })
+                    .collect();
+                for (shard, written) in shards.iter().zip(written) {
+                    let (source, file) = written?;
+                    sources.push((shard.name.clone(), source.sha256));
+                    source.report(&mut reported);
+                    files.push(file);
+                }
             }
             for side_file in &side_files.copied {
                 files.push(copy_side_file(side_file, output, observer)?);
@@ -126,7 +146,9 @@ pub fn write_checkpoint<P: Patch>(
         }
         Destination::File(output) if checkpoint.layout() == Layout::LoneFile => {
             for shard in checkpoint.files() {
-                write_shard(&shard.file, patch, output, observer, &mut reported)?;
+                let source = write_shard(shard, patch, output.growing()?, observer)?;
+                sources.push((shard.name.clone(), source.sha256));
+                source.report(&mut reported);
             }
             files.push(output.finish()?);
         }
@@ -134,23 +156,28 @@ pub fn write_checkpoint<P: Patch>(
     }
     checkpoint.check_unchanged()?;
     files.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(WrittenCheckpoint { files, side_files })
+    Ok(WrittenCheckpoint {
+        files,
+        sources,
+        side_files,
+    })
 }
 
-/// Where the bytes of one file go.
-trait Sink: Send {
-    fn append(&mut self, bytes: &[u8]) -> Result<(), OutputError>;
+/// A file of weights, copied and finished.
+type CopiedShard<'a, P> = Result<(Source<'a, P>, WrittenFile), WriteError<<P as Patch>::Error>>;
+
+/// What was learned of one file of weights while it was copied.
+struct Source<'a, P: Patch> {
+    sha256: Sha256,
+    /// With the tensor's name, in the order of the chunks.
+    reports: Vec<(&'a str, P::Report)>,
 }
 
-impl Sink for HashedFile {
-    fn append(&mut self, bytes: &[u8]) -> Result<(), OutputError> {
-        self.write_all(bytes)
-    }
-}
-
-impl Sink for OutputFile {
-    fn append(&mut self, bytes: &[u8]) -> Result<(), OutputError> {
-        self.write_all(bytes)
+impl<P: Patch> Source<'_, P> {
+    fn report(self, reported: &mut impl FnMut(&str, P::Report)) {
+        for (tensor, report) in self.reports {
+            reported(tensor, report);
+        }
     }
 }
 
@@ -172,22 +199,37 @@ impl Segment<'_> {
             Self::Copied(stored) | Self::Patched { stored, .. } => stored,
         }
     }
+
+    fn is_patched(&self) -> bool {
+        matches!(self, Self::Patched { .. })
+    }
 }
 
-fn write_shard<P: Patch>(
-    file: &SafetensorsFile,
+/// Appends the copy of `shard` to `output`.
+fn write_shard<'a, P: Patch>(
+    shard: &'a Shard,
     patch: &P,
-    sink: &mut impl Sink,
+    output: &mut HashedFile,
     observer: &impl Observer,
-    reported: &mut (impl FnMut(&str, P::Report) + Send),
-) -> Result<(), WriteError<P::Error>> {
-    let segments = segments(file, patch)?;
+) -> Result<Source<'a, P>, WriteError<P::Error>> {
+    let segments = segments(&shard.file, patch)?;
+    let mut reports = Vec::new();
+    // Up to the first chunk that is patched, the digest of the copy is that of the source.
+    let mut source: Option<Hasher> = None;
     let mut patching: Window = Window::default();
     let mut writing: Window = Window::default();
     let mut pending: &[Segment<'_>] = &[];
     for window in segments.chunks(WINDOW_CHUNKS).chain([&[][..]]) {
-        let (written, patched) = rayon::join(
-            || write_window(pending, &writing, sink, observer),
+        if source.is_none() && pending.iter().any(Segment::is_patched) {
+            source = Some(output.hasher().clone());
+        }
+        let ((written, ()), patched) = rayon::join(
+            || {
+                rayon::join(
+                    || write_window(pending, &writing, output, observer),
+                    || hash_window(pending, source.as_mut()),
+                )
+            },
             || patch_window(window, &mut patching, patch, observer),
         );
         // The earlier bytes' failure first, so that what is reported does not depend on timing.
@@ -196,13 +238,17 @@ fn write_shard<P: Patch>(
             if let Segment::Patched { tensor, .. } = segment
                 && let Some(report) = report?
             {
-                reported(tensor.name, report);
+                reports.push((tensor.name, report));
             }
         }
         std::mem::swap(&mut patching, &mut writing);
         pending = window;
     }
-    Ok(())
+    let source = source.unwrap_or_else(|| output.hasher().clone());
+    Ok(Source {
+        sha256: source.finish(),
+        reports,
+    })
 }
 
 /// Cuts a file into segments of at most [`CHUNK_BYTES`], in order.
@@ -292,20 +338,32 @@ fn patch_window<P: Patch>(
 fn write_window<E: std::error::Error + 'static>(
     segments: &[Segment<'_>],
     window: &Window,
-    sink: &mut impl Sink,
+    output: &mut HashedFile,
     observer: &impl Observer,
 ) -> Result<(), WriteError<E>> {
-    for (segment, patched) in segments.iter().zip(window) {
-        if observer.interrupted() {
-            return Err(WriteError::Interrupted);
-        }
-        match segment {
-            Segment::Copied(stored) => sink.append(stored)?,
-            Segment::Patched { .. } => sink.append(patched)?,
-        }
-        observer.advanced(segment.stored().len() as u64);
+    if observer.interrupted() {
+        return Err(WriteError::Interrupted);
     }
+    let pieces: Vec<&[u8]> = segments
+        .iter()
+        .zip(window)
+        .map(|(segment, patched)| match segment {
+            Segment::Copied(stored) => stored,
+            Segment::Patched { .. } => patched.as_slice(),
+        })
+        .collect();
+    output.write_pieces(&pieces)?;
+    observer.advanced(pieces.iter().map(|piece| piece.len() as u64).sum());
     Ok(())
+}
+
+/// Hashes what `segments` were before they were patched, where that is not what the copy's own digest is of.
+fn hash_window(segments: &[Segment<'_>], source: Option<&mut Hasher>) {
+    if let Some(hasher) = source {
+        for segment in segments {
+            hasher.update(segment.stored());
+        }
+    }
 }
 
 fn copy_side_file<E: std::error::Error + 'static>(
@@ -338,6 +396,9 @@ pub const CHUNK_BYTES: usize = 4 << 20;
 
 /// Chunks patched in parallel. Two windows are alive at once. Hashing, on one thread, is slower than four of patching.
 const WINDOW_CHUNKS: usize = 4;
+
+/// Files written at the same time: what one waits for, a hash or the disk, the other makes use of.
+const FILES_AT_ONCE: usize = 2;
 
 /// Bytes of a side file read at once.
 const SIDE_PIECE: usize = 1 << 20;

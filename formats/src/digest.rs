@@ -25,21 +25,26 @@ impl Sha256 {
         hasher.finish()
     }
 
-    /// The digest of everything that `reader` yields, read in pieces of 1 MiB.
+    /// The digest of everything that `reader` yields. One piece of 1 MiB is read while the one before is hashed.
     ///
     /// # Errors
     /// Whatever `reader` fails with.
-    pub fn of_reader(mut reader: impl Read) -> io::Result<Self> {
-        let mut hasher = Hasher::new();
-        let mut piece = vec![0; PIECE];
-        loop {
-            match reader.read(&mut piece) {
-                Ok(0) => return Ok(hasher.finish()),
-                Ok(read) => hasher.update(&piece[..read]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+    pub fn of_reader(mut reader: impl Read + Send) -> io::Result<Self> {
+        // Inside of rayon's threads at once, rather than on the way to them for each piece.
+        rayon::scope(|_| {
+            let mut hasher = Hasher::new();
+            let (mut hashed, mut read) = (vec![0; PIECE], vec![0; PIECE]);
+            let mut length = read_some(&mut reader, &mut read)?;
+            while length > 0 {
+                std::mem::swap(&mut hashed, &mut read);
+                let (next, ()) = rayon::join(
+                    || read_some(&mut reader, &mut read),
+                    || hasher.update(&hashed[..length]),
+                );
+                length = next?;
             }
-        }
+            Ok(hasher.finish())
+        })
     }
 
     /// The digest of the file at `path`, as it is while it is read.
@@ -137,6 +142,16 @@ impl Hasher {
     /// The digest of everything added.
     pub fn finish(self) -> Sha256 {
         Sha256(self.0.finalize().into())
+    }
+}
+
+/// How much of `piece` was filled; nothing at the end.
+fn read_some(reader: &mut impl Read, piece: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match reader.read(piece) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
     }
 }
 
