@@ -19,7 +19,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use panacea_formats::{
     BaseProblem, BaseTensor, Checkpoint, DeltaTensor, Destination, Dtype, Observer, Patch,
-    Perturbation, Problems, SideFiles, TensorView, WidenError, WriteError, WrittenFile, check_base,
+    Perturbation, Problems, Sha256, SideFiles, TensorView, WidenError, WriteError, WrittenFile, check_base,
     write_checkpoint,
 };
 use serde::Serialize;
@@ -174,6 +174,8 @@ impl<'a> From<&'a Perturbation> for Wanted<'a> {
 pub struct Applied {
     /// Every file, by name, with its digest.
     pub files: Vec<WrittenFile>,
+    /// The checkpoint's files of weights, by name, with the digest of what was read of each.
+    pub sources: Vec<(String, Sha256)>,
     /// The side files that were copied, and those that were left out and why.
     pub side_files: SideFiles,
     /// What rounding left of the deltas.
@@ -277,6 +279,7 @@ pub fn apply(
     }
     Ok(Applied {
         files: written.files,
+        sources: written.sources,
         side_files: written.side_files,
         realized: RealizedChange {
             total: total.change(),

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 
 use super::args::{ApplyArgs, RoundingName};
 use super::error::Failure;
-use super::find::{self, digests};
+use super::find;
 use super::interrupt;
-use super::output::{Origin, Output, byproduct, checkpoint_dependencies};
+use super::output::{Origin, Output, byproduct};
 use super::plan::Plan;
 use super::report::{Report, Reporter, Table};
 use super::settings;
@@ -68,16 +68,14 @@ pub(super) fn from_file(
         return Plan::of_addition(checkpoint, &perturbation, &output)?.print(command, reporter);
     }
     let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let mut dependencies = checkpoint_dependencies(&digests(checkpoint, &[])?);
-    dependencies.push(Dependency {
-        role: Role::Perturbation,
-        name: name.clone().into_owned(),
-        uri: None,
-        digest,
-    });
     let origin = Origin {
         parameters: settings::addition_parameters(settings),
-        dependencies,
+        dependencies: vec![Dependency {
+            role: Role::Perturbation,
+            name: name.clone().into_owned(),
+            uri: None,
+            digest,
+        }],
         byproducts: vec![byproduct("perturbation", record_json(&perturbation))],
     };
     let wanted = Wanted::from(&perturbation);

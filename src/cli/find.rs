@@ -476,7 +476,7 @@ fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
 }
 
 /// The digests of the weights' files and of `side`, by file name.
-pub(super) fn digests(
+fn digests(
     checkpoint: &Checkpoint,
     side: &[PathBuf],
 ) -> Result<Vec<(String, Sha256)>, Failure> {

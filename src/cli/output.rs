@@ -10,7 +10,7 @@ use panacea_formats::{
     Checkpoint, Committed, Destination, Layout, OutputDir, OutputFile, Overwrite, Sha256,
     SideFiles, WrittenFile, copied_bytes, shown,
 };
-use panacea_patch::apply::{ApplySettings, RealizedChange, Wanted, apply};
+use panacea_patch::apply::{Applied, ApplySettings, RealizedChange, Wanted, apply};
 use panacea_patch::manifest::{
     Byproduct, Dependency, FileDigest, FileName, MANIFEST_NAME, PrivateKey, Provenance, Role,
     SIGNATURE_NAME, Signature, Statement, Timestamp, ignored_by_default, manifest_path,
@@ -49,7 +49,7 @@ pub(super) struct Written {
 pub(super) struct Origin {
     /// The options that change bytes.
     pub(super) parameters: Map<String, Value>,
-    /// Inputs other than the files of the checkpoint that are copied.
+    /// Inputs. Files of the checkpoint that are not among them are added when they have been read.
     pub(super) dependencies: Vec<Dependency>,
     /// What was measured on the way.
     pub(super) byproducts: Vec<Byproduct>,
@@ -176,8 +176,7 @@ impl Output {
                 });
             }
         }
-        let copies = copied_dependencies(&applied.side_files, &applied.files);
-        let provenance = origin.provenance(copies, &applied.realized, self.finished_on);
+        let provenance = origin.provenance(&applied, self.finished_on)?;
         let manifest = Statement::new(listed.clone(), provenance)?.to_json();
         let mut files = applied.files;
         let manifest = output.write_file(MANIFEST_NAME, manifest.as_bytes())?;
@@ -219,7 +218,7 @@ impl Output {
             watch,
         )?;
         let weights = output.finish()?;
-        let provenance = origin.provenance(Vec::new(), &applied.realized, self.finished_on);
+        let provenance = origin.provenance(&applied, self.finished_on)?;
         let subject = FileDigest {
             name: weights.name.parse()?,
             digest: weights.sha256,
@@ -287,28 +286,50 @@ impl Output {
 }
 
 impl Origin {
+    /// What the manifest says of how `applied` came about.
+    ///
+    /// # Errors
+    /// When weights are not those that the inputs name.
     fn provenance(
         self,
-        copies: Vec<Dependency>,
-        realized: &RealizedChange,
+        applied: &Applied,
         finished_on: Option<Timestamp>,
-    ) -> Provenance {
-        let mut dependencies = self.dependencies;
-        for copy in copies {
+    ) -> Result<Provenance, Failure> {
+        let mut dependencies = Vec::new();
+        for weights in checkpoint_dependencies(&applied.sources) {
+            let known = |it: &&Dependency| it.role == weights.role && it.name == weights.name;
+            match self.dependencies.iter().find(known) {
+                Some(known) if known.digest != weights.digest => {
+                    return Err(Failure::new(
+                        Exit::Refused,
+                        format!("`{}` is not what it was any more", shown(&weights.name)),
+                    )
+                    .because(format!(
+                        "its digest was {} when the perturbation was looked for, and {} when it was copied",
+                        known.digest, weights.digest
+                    ))
+                    .hint("run it again, and let nothing write to the model meanwhile"));
+                }
+                Some(_) => {}
+                None => dependencies.push(weights),
+            }
+        }
+        dependencies.extend(self.dependencies);
+        for copy in copied_dependencies(&applied.side_files, &applied.files) {
             if !dependencies.iter().any(|known| known.name == copy.name) {
                 dependencies.push(copy);
             }
         }
         let mut byproducts = self.byproducts;
-        byproducts.push(byproduct("realized-change", json!(realized.total)));
-        Provenance {
+        byproducts.push(byproduct("realized-change", json!(applied.realized.total)));
+        Ok(Provenance {
             external_parameters: self.parameters,
             internal_parameters: object(json!({"device": "cpu"})),
             dependencies,
             byproducts,
             finished_on,
             ..Provenance::default()
-        }
+        })
     }
 }
 
