@@ -19,8 +19,8 @@ use std::ops::Range;
 use half::{bf16, f16};
 use panacea_formats::{
     BaseProblem, BaseTensor, Checkpoint, DeltaTensor, Destination, Dtype, Observer, Patch,
-    Perturbation, Problems, Sha256, SideFiles, TensorView, WidenError, WriteError, WrittenFile, check_base,
-    write_checkpoint,
+    Perturbation, Problems, Sha256, SideFiles, TensorView, WidenError, WriteError, WrittenFile,
+    check_base, write_checkpoint,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;

@@ -25,6 +25,7 @@ use thiserror::Error;
 use crate::digest::Sha256;
 use crate::error::shown;
 
+pub(crate) use hashed::Block;
 pub use hashed::HashedFile;
 
 /// What to do when the target exists.

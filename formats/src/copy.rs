@@ -5,9 +5,9 @@
 //! types stay; all other ranges and all side files are copied.
 //!
 //! Every byte is read once. A window of chunks is patched in parallel while the one before is hashed, as it was and as it will be,
-//! and written; a few files go on at the same time. Chunks have a fixed size, and what is learned from them is told in a fixed
-//! order, so bytes and reports do not depend on the number of threads. Memory: at most 8 chunks of 4 MiB for each of 2 files,
-//! whatever the size of the checkpoint.
+//! and the one before that is written; two files go on at the same time. Chunks have a fixed size, and what is learned from
+//! them is told in a fixed order, so bytes and reports do not depend on the number of threads. Memory: three windows of
+//! 8 MiB for each of two files, whatever the size of the checkpoint.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -16,7 +16,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 use thiserror::Error;
 
-use crate::atomic::{HashedFile, OutputDir, OutputError, OutputFile, WrittenFile};
+use crate::atomic::{Block, HashedFile, OutputDir, OutputError, OutputFile, WrittenFile};
 use crate::checkpoint::{Checkpoint, Layout, Shard, SideFile, SideFiles};
 use crate::digest::{Hasher, Sha256};
 use crate::dtype::Dtype;
@@ -199,10 +199,6 @@ impl Segment<'_> {
             Self::Copied(stored) | Self::Patched { stored, .. } => stored,
         }
     }
-
-    fn is_patched(&self) -> bool {
-        matches!(self, Self::Patched { .. })
-    }
 }
 
 /// Appends the copy of `shard` to `output`.
@@ -213,36 +209,60 @@ fn write_shard<'a, P: Patch>(
     observer: &impl Observer,
 ) -> Result<Source<'a, P>, WriteError<P::Error>> {
     let segments = segments(&shard.file, patch)?;
+    let windows = windows(&segments);
+    let capacity = windows.iter().map(|window| window.bytes).max().unwrap_or(0);
     let mut reports = Vec::new();
     // Up to the first chunk that is patched, the digest of the copy is that of the source.
     let mut source: Option<Hasher> = None;
-    let mut patching: Window = Window::default();
-    let mut writing: Window = Window::default();
-    let mut pending: &[Segment<'_>] = &[];
-    for window in segments.chunks(WINDOW_CHUNKS).chain([&[][..]]) {
-        if source.is_none() && pending.iter().any(Segment::is_patched) {
+    let mut hashing: Option<(&Window<'_, '_>, Block)> = None;
+    for window in windows.iter().map(Some).chain([None]) {
+        if observer.interrupted() {
+            return Err(WriteError::Interrupted);
+        }
+        let mut block = window
+            .map(|window| output.block(window.bytes, capacity))
+            .transpose()?;
+        if let Some((window, _)) = &hashing
+            && source.is_none()
+            && window.is_patched()
+        {
             source = Some(output.hasher().clone());
         }
-        let ((written, ()), patched) = rayon::join(
+        let (_, patched) = rayon::join(
             || {
-                rayon::join(
-                    || write_window(pending, &writing, output, observer),
-                    || hash_window(pending, source.as_mut()),
-                )
+                let (window, block) = hashing.as_ref()?;
+                Some(rayon::join(
+                    || output.hash_block(block),
+                    || window.hash(source.as_mut()),
+                ))
             },
-            || patch_window(window, &mut patching, patch, observer),
+            || {
+                window
+                    .zip(block.as_mut())
+                    .map(|(window, block)| window.fill(block, patch, observer))
+            },
         );
-        // The earlier bytes' failure first, so that what is reported does not depend on timing.
-        written?;
-        for (segment, report) in window.iter().zip(patched) {
+        if let Some((window, block)) = hashing.take() {
+            output.write_block(block)?;
+            observer.advanced(window.bytes as u64);
+        }
+        for (segment, report) in window
+            .into_iter()
+            .flat_map(|it| it.segments)
+            .zip(patched.into_iter().flatten())
+        {
+            // The failure of earlier bytes first, so that what is reported does not depend on timing.
+            let report = match report {
+                Err(error) => return Err(output.settle().err().map_or(error, Into::into)),
+                Ok(report) => report,
+            };
             if let Segment::Patched { tensor, .. } = segment
-                && let Some(report) = report?
+                && let Some(report) = report
             {
                 reports.push((tensor.name, report));
             }
         }
-        std::mem::swap(&mut patching, &mut writing);
-        pending = window;
+        hashing = window.zip(block);
     }
     let source = source.unwrap_or_else(|| output.hasher().clone());
     Ok(Source {
@@ -293,76 +313,88 @@ fn segments<'a, P: Patch>(
     Ok(segments)
 }
 
-/// Room for the patched chunks of one window, kept from one to the next.
-type Window = [Vec<u8>; WINDOW_CHUNKS];
+/// Neighboring segments that are patched, hashed and written together.
+struct Window<'a, 's> {
+    segments: &'s [Segment<'a>],
+    /// Of all of them.
+    bytes: usize,
+}
+
+/// Cuts segments into windows of at most [`WINDOW_BYTES`].
+fn windows<'a, 's>(segments: &'s [Segment<'a>]) -> Vec<Window<'a, 's>> {
+    let mut windows = Vec::new();
+    let mut rest = segments;
+    while !rest.is_empty() {
+        let (mut count, mut bytes) = (0, 0);
+        for segment in rest {
+            let longer = bytes + segment.stored().len();
+            if count > 0 && longer > WINDOW_BYTES {
+                break;
+            }
+            (count, bytes) = (count + 1, longer);
+        }
+        let (segments, later) = rest.split_at(count);
+        windows.push(Window { segments, bytes });
+        rest = later;
+    }
+    windows
+}
 
 /// A chunk's report; nothing for a copied segment.
-type PatchedSegment<P> = Result<Option<<P as Patch>::Report>, WriteError<<P as Patch>::Error>>;
+type FilledSegment<P> = Result<Option<<P as Patch>::Report>, WriteError<<P as Patch>::Error>>;
 
-/// One result for each segment.
-fn patch_window<P: Patch>(
-    segments: &[Segment<'_>],
-    window: &mut Window,
-    patch: &P,
-    observer: &impl Observer,
-) -> Vec<PatchedSegment<P>> {
-    segments
-        .par_iter()
-        .zip(window.par_iter_mut())
-        .with_max_len(1)
-        .map(|(segment, bytes)| {
-            let Segment::Patched {
-                tensor,
-                elements,
-                stored,
-            } = segment
-            else {
-                return Ok(None);
-            };
-            if observer.interrupted() {
-                return Err(WriteError::Interrupted);
-            }
-            bytes.clear();
-            bytes.extend_from_slice(stored);
-            patch
-                .patch(tensor, elements.clone(), bytes)
-                .map(Some)
-                .map_err(|source| WriteError::Patch {
-                    tensor: tensor.name.to_owned(),
-                    source,
-                })
-        })
-        .collect()
-}
-
-fn write_window<E: std::error::Error + 'static>(
-    segments: &[Segment<'_>],
-    window: &Window,
-    output: &mut HashedFile,
-    observer: &impl Observer,
-) -> Result<(), WriteError<E>> {
-    if observer.interrupted() {
-        return Err(WriteError::Interrupted);
+impl Window<'_, '_> {
+    fn is_patched(&self) -> bool {
+        let mut segments = self.segments.iter();
+        segments.any(|segment| matches!(segment, Segment::Patched { .. }))
     }
-    let pieces: Vec<&[u8]> = segments
-        .iter()
-        .zip(window)
-        .map(|(segment, patched)| match segment {
-            Segment::Copied(stored) => stored,
-            Segment::Patched { .. } => patched.as_slice(),
-        })
-        .collect();
-    output.write_pieces(&pieces)?;
-    observer.advanced(pieces.iter().map(|piece| piece.len() as u64).sum());
-    Ok(())
-}
 
-/// Hashes what `segments` were before they were patched, where that is not what the copy's own digest is of.
-fn hash_window(segments: &[Segment<'_>], source: Option<&mut Hasher>) {
-    if let Some(hasher) = source {
-        for segment in segments {
-            hasher.update(segment.stored());
+    /// Hashes what the window was before it was patched, where that is not what the copy's own digest is of.
+    fn hash(&self, source: Option<&mut Hasher>) {
+        if let Some(hasher) = source {
+            for segment in self.segments {
+                hasher.update(segment.stored());
+            }
         }
+    }
+
+    /// Makes `block` what the window becomes. One result for each segment.
+    fn fill<P: Patch>(
+        &self,
+        block: &mut Block,
+        patch: &P,
+        observer: &impl Observer,
+    ) -> Vec<FilledSegment<P>> {
+        let mut rest = block.bytes_mut();
+        let mut slots = Vec::with_capacity(self.segments.len());
+        for segment in self.segments {
+            let (slot, later) = rest.split_at_mut(segment.stored().len());
+            slots.push((segment, slot));
+            rest = later;
+        }
+        slots
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|(segment, slot)| {
+                slot.copy_from_slice(segment.stored());
+                let Segment::Patched {
+                    tensor, elements, ..
+                } = segment
+                else {
+                    return Ok(None);
+                };
+                if observer.interrupted() {
+                    return Err(WriteError::Interrupted);
+                }
+                patch
+                    .patch(tensor, elements.clone(), slot)
+                    .map(Some)
+                    .map_err(|source| WriteError::Patch {
+                        tensor: tensor.name.to_owned(),
+                        source,
+                    })
+            })
+            .collect()
     }
 }
 
@@ -394,8 +426,9 @@ fn copy_side_file<E: std::error::Error + 'static>(
 /// Bytes patched at once: a multiple of every element's width, and small enough that a window stays in a large cache.
 pub const CHUNK_BYTES: usize = 4 << 20;
 
-/// Chunks patched in parallel. Two windows are alive at once. Hashing, on one thread, is slower than four of patching.
-const WINDOW_CHUNKS: usize = 4;
+/// Bytes patched, hashed or written at once, each while the other two happen to neighbors: so many that threads seldom wait for
+/// each other.
+const WINDOW_BYTES: usize = 2 * CHUNK_BYTES;
 
 /// Files written at the same time: what one waits for, a hash or the disk, the other makes use of.
 const FILES_AT_ONCE: usize = 2;

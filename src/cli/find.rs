@@ -476,10 +476,7 @@ fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
 }
 
 /// The digests of the weights' files and of `side`, by file name.
-fn digests(
-    checkpoint: &Checkpoint,
-    side: &[PathBuf],
-) -> Result<Vec<(String, Sha256)>, Failure> {
+fn digests(checkpoint: &Checkpoint, side: &[PathBuf]) -> Result<Vec<(String, Sha256)>, Failure> {
     let mut digests: Vec<(String, Sha256)> = checkpoint
         .files()
         .par_iter()

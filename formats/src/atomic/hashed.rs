@@ -1,12 +1,16 @@
-//! A file that is hashed as it is written, and on its way to the disk before it ends.
+//! A file that is hashed as it is written.
 //!
-//! In: pieces of a new file, in order. Out: its length and digest, once all of it is on the disk. A large file is flushed behind
-//! the writer, by a thread that mostly waits for the disk, so that the flush at the end has little left to do.
+//! In: the bytes of a new file, in order: a few at a time, or, of a large file, in [`Block`]s, which a thread of the file's own
+//! writes while the caller makes the next. Out: the file's length and digest, once all of it is on the disk.
+//!
+//! Blocks go past the page cache where the file system lets them (`O_DIRECT`): the kernel copies nothing, the flush at the end
+//! has nothing left to do, and gigabytes of output push nothing else out of memory. Whoever reads the file next reads it
+//! from the disk.
 
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
 use super::{OutputError, WrittenFile};
@@ -18,10 +22,10 @@ pub struct HashedFile {
     file: File,
     hasher: Hasher,
     bytes: u64,
-    /// How much of it the flusher was told of.
-    told: u64,
-    /// Of a large file.
-    flusher: Option<Flusher>,
+    /// Where the next block begins: behind all that were handed out.
+    next_block: u64,
+    /// Of a file that is written in blocks.
+    writer: Option<Writer>,
     name: String,
     /// Names the output in errors.
     output: PathBuf,
@@ -33,8 +37,8 @@ impl HashedFile {
             file,
             hasher: Hasher::new(),
             bytes: 0,
-            told: 0,
-            flusher: None,
+            next_block: 0,
+            writer: None,
             name,
             output,
         }
@@ -43,24 +47,64 @@ impl HashedFile {
     /// Appends `bytes`. Unbuffered: meant for large pieces.
     ///
     /// # Errors
-    /// When they cannot be written, or earlier ones did not reach the disk.
+    /// When they, or blocks before them, cannot be written.
     pub fn write_all(&mut self, bytes: &[u8]) -> Result<(), OutputError> {
-        let written = write(&mut self.file, &[bytes]);
+        self.settle()?;
+        self.file
+            .write_all(bytes)
+            .map_err(|error| OutputError::new(&self.output, error))?;
         self.hasher.update(bytes);
-        self.advance(written)
+        self.bytes += bytes.len() as u64;
+        self.next_block = self.bytes;
+        Ok(())
     }
 
-    /// Appends `pieces` one after the other, hashing them on one of rayon's threads while another writes.
+    /// Room for the next `length` bytes of the file, at most `capacity`, which is the same for all blocks of a file. Waits while
+    /// three are in use.
     ///
     /// # Errors
-    /// As [`HashedFile::write_all`].
-    pub fn write_pieces(&mut self, pieces: &[&[u8]]) -> Result<(), OutputError> {
-        let (file, hasher) = (&mut self.file, &mut self.hasher);
-        let (written, ()) = rayon::join(
-            || write(file, pieces),
-            || pieces.iter().for_each(|piece| hasher.update(piece)),
-        );
-        self.advance(written)
+    /// When an earlier block could not be written.
+    pub(crate) fn block(&mut self, length: usize, capacity: usize) -> Result<Block, OutputError> {
+        if self.writer.is_none() {
+            let writer = Writer::start(&self.file, self.bytes)
+                .map_err(|error| OutputError::new(&self.output, error))?;
+            self.writer = Some(writer);
+        }
+        let room = self.writer.as_mut().and_then(|it| it.room(capacity));
+        let Some(room) = room else {
+            return Err(self.failed());
+        };
+        let block = Block::new(room, self.next_block, length);
+        self.next_block += length as u64;
+        Ok(block)
+    }
+
+    /// Hashes the bytes of `block`, which comes after those hashed before.
+    pub(crate) fn hash_block(&mut self, block: &Block) {
+        self.hasher.update(block.bytes());
+    }
+
+    /// Appends `block`, which is hashed. It is written in the background.
+    ///
+    /// # Errors
+    /// When an earlier one could not be written.
+    pub(crate) fn write_block(&mut self, block: Block) -> Result<(), OutputError> {
+        self.bytes += block.length as u64;
+        match &self.writer {
+            Some(writer) if writer.write(block) => Ok(()),
+            _ => Err(self.failed()),
+        }
+    }
+
+    /// Waits until every block is written.
+    ///
+    /// # Errors
+    /// When one could not be.
+    pub(crate) fn settle(&mut self) -> Result<(), OutputError> {
+        self.writer
+            .take()
+            .map_or(Ok(()), |mut writer| writer.finish())
+            .map_err(|error| OutputError::new(&self.output, error))
     }
 
     /// What was hashed so far, so that a digest of other bytes with the same beginning need not begin again.
@@ -71,11 +115,11 @@ impl HashedFile {
     /// Flushes the file to the disk and tells what is in it.
     ///
     /// # Errors
-    /// When flushing fails.
+    /// When a block could not be written, or flushing fails.
     pub fn finish(mut self) -> Result<WrittenFile, OutputError> {
-        let flushed = self.flusher.take().map_or(Ok(()), Flusher::finish);
-        flushed
-            .and_then(|()| self.file.sync_all())
+        self.settle()?;
+        self.file
+            .sync_all()
             .map_err(|error| OutputError::new(&self.output, error))?;
         Ok(WrittenFile {
             name: self.name,
@@ -84,84 +128,223 @@ impl HashedFile {
         })
     }
 
-    /// Takes in how the writing of some bytes went, and has a large file flushed from time to time.
-    fn advance(&mut self, written: io::Result<u64>) -> Result<(), OutputError> {
-        written
-            .and_then(|bytes| {
-                self.bytes += bytes;
-                match self.bytes - self.told >= FLUSHED_EVERY {
-                    true => self.flush_behind(),
-                    false => Ok(()),
-                }
-            })
-            .map_err(|error| OutputError::new(&self.output, error))
-    }
-
-    fn flush_behind(&mut self) -> io::Result<()> {
-        self.told = self.bytes;
-        let flusher = match self.flusher.take() {
-            Some(flusher) => Some(flusher),
-            // Without the thread the file is merely flushed later.
-            None => Flusher::start(&self.file).ok(),
-        };
-        self.flusher = flusher.map(Flusher::flush).transpose()?;
-        Ok(())
+    /// Why the writer takes no more blocks.
+    fn failed(&mut self) -> OutputError {
+        match self.settle() {
+            Err(error) => error,
+            Ok(()) => OutputError::new(&self.output, io::Error::other("it is written no more")),
+        }
     }
 }
 
-/// Returns how many bytes there were.
-fn write(file: &mut File, pieces: &[&[u8]]) -> io::Result<u64> {
-    let mut bytes = 0;
-    for piece in pieces {
-        file.write_all(piece)?;
-        bytes += piece.len() as u64;
-    }
-    Ok(bytes)
-}
-
-/// A thread that flushes a file whenever it is told to.
-///
-/// An error of the disk is told once to each open file, and the thread shares the writer's: what it is told must not be lost.
+/// Room for some bytes of a file, which begins in memory as far from a sector's start as it will in the file.
 #[derive(Debug)]
-struct Flusher {
-    due: SyncSender<()>,
-    thread: JoinHandle<io::Result<()>>,
+pub(crate) struct Block {
+    room: Vec<u8>,
+    /// Where the first sector begins in `room`.
+    aligned: usize,
+    /// Bytes of the first sector that belong to the block before.
+    lead: usize,
+    length: usize,
 }
 
-impl Flusher {
-    fn start(file: &File) -> io::Result<Self> {
-        let file = file.try_clone()?;
-        let (due, requests) = sync_channel(1);
-        let thread = thread::Builder::new()
-            .name("flush".to_owned())
-            .spawn(move || requests.iter().try_for_each(|()| file.sync_data()))?;
-        Ok(Self { due, thread })
-    }
-
-    /// Asks for a flush of what was written until now, and waits for nothing.
-    ///
-    /// # Errors
-    /// When an earlier one failed.
-    fn flush(self) -> io::Result<Self> {
-        match self.due.try_send(()) {
-            // One that is due already will do.
-            Ok(()) | Err(TrySendError::Full(())) => Ok(self),
-            Err(TrySendError::Disconnected(())) => {
-                self.finish()?;
-                Err(io::Error::other("the file is flushed no more"))
-            }
+impl Block {
+    fn new(room: Vec<u8>, offset: u64, length: usize) -> Self {
+        // Exact for bytes. Were it not, direct output would be refused and the block written as any other.
+        let aligned = room.as_ptr().align_offset(SECTOR).min(SECTOR);
+        #[expect(clippy::cast_possible_truncation, reason = "less than a sector")]
+        let lead = (offset % SECTOR as u64) as usize;
+        Self {
+            room,
+            aligned,
+            lead,
+            length,
         }
     }
 
-    /// Waits for the flushes that were asked for.
-    fn finish(self) -> io::Result<()> {
-        drop(self.due);
-        self.thread
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    /// The block's bytes, zero or those of an earlier block until they are written.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.room[self.aligned + self.lead..][..self.length]
+    }
+
+    /// The block's bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.room[self.aligned + self.lead..][..self.length]
+    }
+
+    /// The sectors that `tail`, which ends the block before, and this block fill, and what is left of them.
+    fn sectors(&mut self, tail: &[u8]) -> (&[u8], &[u8]) {
+        self.room[self.aligned..][..tail.len()].copy_from_slice(tail);
+        let bytes = &self.room[self.aligned..][..tail.len() + self.length];
+        bytes.split_at(bytes.len() - bytes.len() % SECTOR)
     }
 }
 
-/// Bytes after which a file is flushed: so many that a disk's own flush costs little beside them, and so few that little is left
-/// at the end.
-const FLUSHED_EVERY: u64 = 128 << 20;
+/// A thread that writes blocks. Dropping it waits for those that it has, so that nothing grows while it is deleted.
+#[derive(Debug)]
+struct Writer {
+    /// Nothing when it was finished.
+    full: Option<Sender<Block>>,
+    empty: Receiver<Block>,
+    /// How many blocks there are.
+    blocks: usize,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Writer {
+    /// Writes to `file` from `offset` on, where it ends.
+    fn start(file: &File, offset: u64) -> io::Result<Self> {
+        let file = Output::new(file.try_clone()?, offset);
+        let (full, to_write) = channel();
+        let (written, empty) = channel();
+        let thread = thread::Builder::new()
+            .name("write".to_owned())
+            .spawn(move || file.write_blocks(&to_write, &written))?;
+        Ok(Self {
+            full: Some(full),
+            empty,
+            blocks: 0,
+            thread: Some(thread),
+        })
+    }
+
+    /// Room for a block, of one that was written if there are enough; nothing when the thread has failed.
+    fn room(&mut self, capacity: usize) -> Option<Vec<u8>> {
+        // A sector for the bytes of the block before, and one to begin at a sector's start.
+        let needed = capacity + 2 * SECTOR;
+        if self.blocks < BLOCKS {
+            self.blocks += 1;
+            return Some(vec![0; needed]);
+        }
+        let mut room = self.empty.recv().ok()?.room;
+        if room.len() < needed {
+            room = vec![0; needed];
+        }
+        Some(room)
+    }
+
+    /// Whether `block` will be written unless the disk refuses it; not when it refused an earlier one.
+    fn write(&self, block: Block) -> bool {
+        self.full
+            .as_ref()
+            .is_some_and(|full| full.send(block).is_ok())
+    }
+
+    /// Waits until everything is written.
+    fn finish(&mut self) -> io::Result<()> {
+        self.full = None;
+        match self.thread.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(written)) => written,
+            Some(Err(_)) => Err(io::Error::other("the thread that writes it has panicked")),
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // An output that is dropped is deleted, whatever became of it.
+        let _ = self.finish();
+    }
+}
+
+/// A file as its writer sees it.
+struct Output {
+    file: File,
+    direct: bool,
+    /// The end of the last block, which fills no sector.
+    tail: Vec<u8>,
+}
+
+impl Output {
+    fn new(file: File, offset: u64) -> Self {
+        // From the middle of a sector on nothing can be written directly.
+        let direct = offset.is_multiple_of(SECTOR as u64) && direct::set(&file, true).is_ok();
+        Self {
+            file,
+            direct,
+            tail: Vec::with_capacity(SECTOR),
+        }
+    }
+
+    fn write_blocks(mut self, blocks: &Receiver<Block>, written: &Sender<Block>) -> io::Result<()> {
+        for mut block in blocks {
+            if self.direct {
+                let (sectors, rest) = block.sectors(&self.tail);
+                self.direct = write_directly(&mut self.file, sectors)?;
+                self.tail.clear();
+                self.tail.extend_from_slice(rest);
+                if !self.direct {
+                    self.write_tail()?;
+                }
+            } else {
+                self.file.write_all(block.bytes())?;
+            }
+            // Nobody wants it back after the last one.
+            let _ = written.send(block);
+        }
+        self.write_tail()
+    }
+
+    /// Writes what fills no sector, as any other bytes.
+    fn write_tail(&mut self) -> io::Result<()> {
+        if self.direct {
+            direct::set(&self.file, false)?;
+            self.direct = false;
+        }
+        self.file.write_all(&std::mem::take(&mut self.tail))
+    }
+}
+
+/// Writes `sectors` to `file`, which is in direct mode, and says whether it still is: some file systems take the mode and refuse
+/// the bytes, and a full one can stop in the middle of a sector.
+fn write_directly(file: &mut File, mut sectors: &[u8]) -> io::Result<bool> {
+    while !sectors.is_empty() {
+        match file.write(sectors) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => sectors = &sectors[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                direct::set(file, false)?;
+                file.write_all(sectors)?;
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(target_os = "linux")]
+mod direct {
+    use std::fs::File;
+    use std::io;
+
+    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+    /// Has `file` written past the page cache, or not.
+    pub(super) fn set(file: &File, direct: bool) -> io::Result<()> {
+        let mut flags = fcntl_getfl(file)?;
+        flags.set(OFlags::DIRECT, direct);
+        Ok(fcntl_setfl(file, flags)?)
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod direct {
+    use std::fs::File;
+    use std::io;
+
+    pub(super) fn set(_: &File, direct: bool) -> io::Result<()> {
+        match direct {
+            true => Err(io::ErrorKind::Unsupported.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+/// What memory, offsets and lengths of direct output are multiples of: the largest sector in use.
+const SECTOR: usize = 4096;
+
+/// Blocks of a file: one is made, one hashed and one written at the same time.
+const BLOCKS: usize = 3;
