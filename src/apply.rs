@@ -12,11 +12,12 @@
 //! is counted by element, so neither threads nor the division into shards matter.
 
 mod rounding;
+mod sums;
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::f16;
 use panacea_formats::{
     BaseProblem, BaseTensor, Checkpoint, DeltaTensor, Destination, Dtype, Observer, Patch,
     Perturbation, Problems, Sha256, SideFiles, TensorView, WidenError, WriteError, WrittenFile,
@@ -29,6 +30,7 @@ use thiserror::Error;
 pub use rounding::Rounding;
 
 use rounding::Dice;
+use sums::Sums;
 
 /// How a perturbation is added.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -320,7 +322,7 @@ impl Patch for Addition<'_> {
         match tensor.dtype {
             Dtype::F32 => self.add(delta, tensor, elements, bytes, &mut dice, f32::to_le_bytes),
             Dtype::BF16 => self.add(delta, tensor, elements, bytes, &mut dice, |value| {
-                bf16::from_f32(value).to_le_bytes()
+                rounding::to_bf16(value).to_le_bytes()
             }),
             Dtype::F16 => self.add(delta, tensor, elements, bytes, &mut dice, |value| {
                 f16::from_f32(value).to_le_bytes()
@@ -355,27 +357,34 @@ impl Addition<'_> {
             let stored = &mut stored[..slots.len()];
             tensor.widen_into(range.clone(), weights)?;
             delta.read_into(range, steps)?;
-            for ((slot, step), weight) in slots.iter_mut().zip(&mut *steps).zip(&*weights) {
-                *step *= strength;
-                let random = dice.roll();
-                if *step != 0.0 && weight.is_finite() {
-                    *slot = narrow(rounding::round(weight + *step, tensor.dtype, random));
+            // Compiled for each instruction set. The same bits on all of them: nothing is summed in another order.
+            pulp::Arch::new().dispatch(|| {
+                let elements = slots.iter_mut().zip(&mut *steps).zip(&*weights);
+                for ((slot, step), &weight) in elements {
+                    *step *= strength;
+                    let sum = match dice.roll() {
+                        None => weight + *step,
+                        random => rounding::round(weight + *step, tensor.dtype, random),
+                    };
+                    let stays = *step == 0.0 || !weight.is_finite();
+                    *slot = if stays { *slot } else { narrow(sum) };
                 }
-            }
+            });
             widen(tensor, slots.as_flattened(), stored)?;
-            for (i, ((&weight, &step), &stored)) in
-                weights.iter().zip(&*steps).zip(&*stored).enumerate()
+            let overflows =
+                |(weight, stored): (&f32, &f32)| weight.is_finite() & !stored.is_finite();
+            let pairs = || weights.iter().zip(&*stored);
+            if pairs().fold(false, |any, pair| any | overflows(pair))
+                && let Some(i) = pairs().position(overflows)
             {
-                if weight.is_finite() && !stored.is_finite() {
-                    return Err(AdditionError::Overflow {
-                        element: start + i,
-                        dtype: tensor.dtype,
-                        weight,
-                        step,
-                    });
-                }
+                return Err(AdditionError::Overflow {
+                    element: start + i,
+                    dtype: tensor.dtype,
+                    weight: weights[i],
+                    step: steps[i],
+                });
             }
-            sums.measure(weights, steps, stored);
+            pulp::Arch::new().dispatch(|| sums.measure(weights, steps, stored));
         }
         Ok(sums)
     }
@@ -389,78 +398,6 @@ fn widen(like: &TensorView<'_>, bytes: &[u8], out: &mut [f32]) -> Result<(), Wid
 
 /// Elements added at once: three blocks of them fit the first-level cache.
 const BLOCK: usize = 1024;
-
-/// A [`Change`] in the making: everything that can be summed chunk by chunk.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sums {
-    elements: u64,
-    moved: u64,
-    not_finite: u64,
-    wanted_squared: f64,
-    realized_squared: f64,
-    dot: f64,
-    weight_squared: f64,
-    largest_weight: f32,
-    largest_wanted: f32,
-    largest_realized: f32,
-}
-
-impl Sums {
-    /// Takes in elements: old values, wanted steps, new values.
-    fn measure(&mut self, weights: &[f32], steps: &[f32], stored: &[f32]) {
-        for ((&weight, &step), &stored) in weights.iter().zip(steps).zip(stored) {
-            let wanted = f64::from(step);
-            self.elements += 1;
-            self.wanted_squared += wanted * wanted;
-            self.largest_wanted = self.largest_wanted.max(step.abs());
-            if !weight.is_finite() {
-                self.not_finite += 1;
-                continue;
-            }
-            let realized = f64::from(stored) - f64::from(weight);
-            self.moved += u64::from(realized != 0.0);
-            self.realized_squared += realized * realized;
-            self.dot += wanted * realized;
-            self.weight_squared += f64::from(weight) * f64::from(weight);
-            self.largest_weight = self.largest_weight.max(weight.abs());
-            #[expect(clippy::cast_possible_truncation, reason = "a figure for a report")]
-            let realized = realized.abs() as f32;
-            self.largest_realized = self.largest_realized.max(realized);
-        }
-    }
-
-    /// Takes in the sums of later elements.
-    fn add(&mut self, later: &Self) {
-        self.elements += later.elements;
-        self.moved += later.moved;
-        self.not_finite += later.not_finite;
-        self.wanted_squared += later.wanted_squared;
-        self.realized_squared += later.realized_squared;
-        self.dot += later.dot;
-        self.weight_squared += later.weight_squared;
-        self.largest_weight = self.largest_weight.max(later.largest_weight);
-        self.largest_wanted = self.largest_wanted.max(later.largest_wanted);
-        self.largest_realized = self.largest_realized.max(later.largest_realized);
-    }
-
-    fn change(&self) -> Change {
-        let (wanted_norm, realized_norm) =
-            (self.wanted_squared.sqrt(), self.realized_squared.sqrt());
-        let product = wanted_norm * realized_norm;
-        Change {
-            elements: self.elements,
-            moved: self.moved,
-            not_finite: self.not_finite,
-            wanted_norm,
-            realized_norm,
-            cosine: (product > 0.0).then(|| self.dot / product),
-            weight_norm: self.weight_squared.sqrt(),
-            largest_weight: self.largest_weight,
-            largest_wanted: self.largest_wanted,
-            largest_realized: self.largest_realized,
-        }
-    }
-}
 
 /// Why a perturbation was not applied.
 #[derive(Debug, Error)]
