@@ -23,6 +23,7 @@ use panacea_formats::{
     Perturbation, Problems, Sha256, SideFiles, TensorView, WidenError, WriteError, WrittenFile,
     check_base, write_checkpoint,
 };
+use pulp::{Simd, WithSimd};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use thiserror::Error;
@@ -357,19 +358,25 @@ impl Addition<'_> {
             let stored = &mut stored[..slots.len()];
             tensor.widen_into(range.clone(), weights)?;
             delta.read_into(range, steps)?;
-            // Compiled for each instruction set. The same bits on all of them: nothing is summed in another order.
-            pulp::Arch::new().dispatch(|| {
-                let elements = slots.iter_mut().zip(&mut *steps).zip(&*weights);
-                for ((slot, step), &weight) in elements {
-                    *step *= strength;
-                    let sum = match dice.roll() {
-                        None => weight + *step,
-                        random => rounding::round(weight + *step, tensor.dtype, random),
-                    };
-                    let stays = *step == 0.0 || !weight.is_finite();
-                    *slot = if stays { *slot } else { narrow(sum) };
+            match dice.is_thrown() {
+                false => pulp::Arch::new().dispatch(Nearest {
+                    slots: &mut *slots,
+                    steps: &mut *steps,
+                    weights,
+                    strength,
+                    narrow: &narrow,
+                }),
+                true => {
+                    for ((slot, step), &weight) in slots.iter_mut().zip(&mut *steps).zip(&*weights)
+                    {
+                        *step *= strength;
+                        let random = dice.roll();
+                        if moves(weight, *step) {
+                            *slot = narrow(rounding::round(weight + *step, tensor.dtype, random));
+                        }
+                    }
                 }
-            });
+            }
             widen(tensor, slots.as_flattened(), stored)?;
             let overflows =
                 |(weight, stored): (&f32, &f32)| weight.is_finite() & !stored.is_finite();
@@ -384,9 +391,39 @@ impl Addition<'_> {
                     step: steps[i],
                 });
             }
-            pulp::Arch::new().dispatch(|| sums.measure(weights, steps, stored));
+            sums.measure(weights, steps, stored);
         }
         Ok(sums)
+    }
+}
+
+/// Whether an element becomes another one, and not merely the same value with other bits.
+#[inline(always)]
+fn moves(weight: f32, step: f32) -> bool {
+    step != 0.0 && weight.is_finite()
+}
+
+/// Scales steps and puts the nearest values of the sums into slots of the stored type: a loop that is compiled for each instruction
+/// set, to the same bits.
+struct Nearest<'b, F, const WIDTH: usize> {
+    slots: &'b mut [[u8; WIDTH]],
+    steps: &'b mut [f32],
+    weights: &'b [f32],
+    strength: f32,
+    narrow: &'b F,
+}
+
+impl<F: Fn(f32) -> [u8; WIDTH], const WIDTH: usize> WithSimd for Nearest<'_, F, WIDTH> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let elements = self.slots.iter_mut().zip(self.steps).zip(self.weights);
+        for ((slot, step), &weight) in elements {
+            *step *= self.strength;
+            let sum = (self.narrow)(weight + *step);
+            *slot = if moves(weight, *step) { sum } else { *slot };
+        }
     }
 }
 

@@ -43,7 +43,11 @@ impl Rounding {
 pub(super) struct Dice(Option<ChaCha8Rng>);
 
 impl Dice {
-    #[inline(always)]
+    /// Whether there is any chance.
+    pub(super) fn is_thrown(&self) -> bool {
+        self.0.is_some()
+    }
+
     pub(super) fn roll(&mut self) -> Option<u32> {
         self.0.as_mut().map(Rng::next_u32)
     }

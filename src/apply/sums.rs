@@ -3,6 +3,8 @@
 //! In: old values, wanted steps and new values, a block at a time. Out: a [`Change`]. What depends on no order is counted in loops
 //! that the compiler vectorizes; the sums run in the elements' order, one after the other, and every digit is theirs.
 
+use pulp::{Simd, WithSimd};
+
 use super::Change;
 
 /// A [`Change`] in the making: everything that can be summed chunk by chunk.
@@ -22,9 +24,17 @@ pub(super) struct Sums {
 
 impl Sums {
     /// Takes in elements: old values, wanted steps, new values, of which there are equally many. No step is NaN.
-    #[inline(always)]
     pub(super) fn measure(&mut self, weights: &[f32], steps: &[f32], stored: &[f32]) {
-        self.count(weights, steps, stored);
+        pulp::Arch::new().dispatch(Measured {
+            sums: self,
+            weights,
+            steps,
+            stored,
+        });
+    }
+
+    #[inline(always)]
+    fn sum(&mut self, weights: &[f32], steps: &[f32], stored: &[f32]) {
         for ((&weight, &step), &stored) in weights.iter().zip(steps).zip(stored) {
             let wanted = f64::from(step);
             // An element that is left alone adds zeros, which change no sum.
@@ -97,6 +107,24 @@ impl Sums {
     }
 }
 
+/// Elements to be taken in, by loops that are compiled for each instruction set, to the same bits.
+struct Measured<'b> {
+    sums: &'b mut Sums,
+    weights: &'b [f32],
+    steps: &'b [f32],
+    stored: &'b [f32],
+}
+
+impl WithSimd for Measured<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        self.sums.count(self.weights, self.steps, self.stored);
+        self.sums.sum(self.weights, self.steps, self.stored);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,7 +182,7 @@ mod tests {
                 }
             }
             let mut sums = Sums::default();
-            pulp::Arch::new().dispatch(|| sums.measure(&weights, &steps, &stored));
+            sums.measure(&weights, &steps, &stored);
             assert_eq!(
                 sums.change(),
                 plainly(&weights, &steps, &stored),

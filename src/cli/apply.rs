@@ -1,6 +1,7 @@
 //! `apply`: a checkpoint and a perturbation file in, a patched checkpoint out.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use panacea_formats::{Checkpoint, Perturbation, Sha256, check_base};
 use panacea_patch::apply::{ApplySettings, Wanted};
@@ -61,25 +62,32 @@ pub(super) fn from_file(
         perturbation.deltas().len(),
         panacea_formats::shown(&perturbation.record().method)
     ));
-    let digest = perturbation.file().digest();
     if dry_run {
         check_base(&perturbation.record().base, checkpoint)
             .map_err(|problems| Failure::of_base(&problems))?;
         return Plan::of_addition(checkpoint, &perturbation, &output)?.print(command, reporter);
     }
     let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let origin = Origin {
+    let wanted = Wanted::from(&perturbation);
+    // A dense perturbation is hashed for as long as half of the writing takes, so both at once.
+    let digest = OnceLock::new();
+    let origin = || Origin {
         parameters: settings::addition_parameters(settings),
         dependencies: vec![Dependency {
             role: Role::Perturbation,
             name: name.clone().into_owned(),
             uri: None,
-            digest,
+            digest: *digest.wait(),
         }],
         byproducts: vec![byproduct("perturbation", record_json(&perturbation))],
     };
-    let wanted = Wanted::from(&perturbation);
-    let written = output.write(checkpoint, &wanted, settings, origin, reporter)?;
+    let written = rayon::in_place_scope(|scope| {
+        scope.spawn(|_| {
+            digest.get_or_init(|| perturbation.file().digest());
+        });
+        output.write(checkpoint, &wanted, settings, origin, reporter)
+    })?;
+    let digest = *digest.wait();
 
     let mut table = Table::new();
     table.heading(format!(

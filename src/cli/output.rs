@@ -112,7 +112,7 @@ impl Output {
         self.key.is_some()
     }
 
-    /// Writes `checkpoint` with `wanted` added.
+    /// Writes `checkpoint` with `wanted` added. `origin` is asked for when the weights are written.
     ///
     /// # Errors
     /// When anything fails or the work is interrupted; the target is then as it was.
@@ -121,7 +121,7 @@ impl Output {
         checkpoint: &Checkpoint,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: Origin,
+        origin: impl FnOnce() -> Origin,
         reporter: &Reporter,
     ) -> Result<Written, Failure> {
         let total = copied_bytes(checkpoint)?;
@@ -152,7 +152,7 @@ impl Output {
         checkpoint: &Checkpoint,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: Origin,
+        origin: impl FnOnce() -> Origin,
         watch: &CopyWatch,
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let mut output = OutputDir::create(&self.target, self.overwrite, &self.inputs())?;
@@ -176,7 +176,7 @@ impl Output {
                 });
             }
         }
-        let provenance = origin.provenance(&applied, self.finished_on)?;
+        let provenance = origin().provenance(&applied, self.finished_on)?;
         let manifest = Statement::new(listed.clone(), provenance)?.to_json();
         let mut files = applied.files;
         let manifest = output.write_file(MANIFEST_NAME, manifest.as_bytes())?;
@@ -204,7 +204,7 @@ impl Output {
         checkpoint: &Checkpoint,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: Origin,
+        origin: impl FnOnce() -> Origin,
         watch: &CopyWatch,
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let inputs = self.inputs();
@@ -218,7 +218,7 @@ impl Output {
             watch,
         )?;
         let weights = output.finish()?;
-        let provenance = origin.provenance(&applied, self.finished_on)?;
+        let provenance = origin().provenance(&applied, self.finished_on)?;
         let subject = FileDigest {
             name: weights.name.parse()?,
             digest: weights.sha256,
@@ -520,3 +520,47 @@ fn source_date() -> Result<Option<Timestamp>, Failure> {
 
 /// Room kept for the manifest and the signature, which grow with the number of files.
 const MANIFEST_ROOM: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_that_changed_since_the_search_are_refused_and_others_listed_first() {
+        let (old, new) = (Sha256::of(b"old"), Sha256::of(b"new"));
+        let applied = |digest| Applied {
+            files: Vec::new(),
+            sources: vec![("model.safetensors".to_owned(), digest)],
+            side_files: SideFiles::default(),
+            realized: RealizedChange::default(),
+        };
+        let origin = |names: &[&str]| Origin {
+            dependencies: checkpoint_dependencies(
+                &names
+                    .iter()
+                    .map(|name| ((*name).to_owned(), old))
+                    .collect::<Vec<_>>(),
+            ),
+            ..Origin::default()
+        };
+        let listed = |names, digest| -> Result<Vec<_>, _> {
+            let provenance = origin(names).provenance(&applied(digest), None)?;
+            let dependencies = provenance.dependencies.into_iter();
+            Ok::<_, Failure>(dependencies.map(|it| (it.name, it.digest)).collect())
+        };
+        let pair = |name: &str, digest| (name.to_owned(), digest);
+        assert_eq!(
+            listed(&["p"], new).unwrap(),
+            [pair("model.safetensors", new), pair("p", old)]
+        );
+        let known = ["config.json", "model.safetensors"];
+        assert_eq!(
+            listed(&known, old).unwrap(),
+            known.map(|name| pair(name, old))
+        );
+        let refusal = listed(&known, new).unwrap_err();
+        assert_eq!(refusal.exit, Exit::Refused);
+        let because = refusal.because.unwrap();
+        assert!(because.contains(&old.to_string()) && because.contains(&new.to_string()));
+    }
+}

@@ -348,3 +348,106 @@ const SECTOR: usize = 4096;
 
 /// Blocks of a file: one is made, one hashed and one written at the same time.
 const BLOCKS: usize = 3;
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, OpenOptions};
+    use std::path::Path;
+
+    use super::*;
+    use crate::digest::Sha256;
+
+    fn new(path: &Path) -> HashedFile {
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(path)
+            .unwrap();
+        HashedFile::new(file, "f".to_owned(), path.to_owned())
+    }
+
+    fn noise(length: usize) -> Vec<u8> {
+        let mut state = 1_u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state.to_be_bytes()[0]
+        };
+        (0..length).map(|_| next()).collect()
+    }
+
+    /// Blocks of these lengths, with a few bytes written otherwise before and after them.
+    fn written(before: usize, lengths: &[usize], after: usize) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        let bytes = noise(before + lengths.iter().sum::<usize>() + after);
+        let mut file = new(&path);
+        file.write_all(&bytes[..before]).unwrap();
+        let capacity = lengths.iter().copied().max().unwrap_or(0);
+        let mut begin = before;
+        for &length in lengths {
+            let mut block = file.block(length, capacity).unwrap();
+            block.bytes_mut().copy_from_slice(&bytes[begin..][..length]);
+            file.hash_block(&block);
+            file.write_block(block).unwrap();
+            begin += length;
+        }
+        file.write_all(&bytes[begin..]).unwrap();
+        let told = file.finish().unwrap();
+        assert!(fs::read(&path).unwrap() == bytes, "{before} {lengths:?}");
+        let found = (told.bytes, told.sha256);
+        assert_eq!(found, (bytes.len() as u64, Sha256::of(&bytes)));
+    }
+
+    #[test]
+    fn blocks_of_any_length_end_up_one_after_the_other() {
+        for before in [0, 1, SECTOR, SECTOR + 1] {
+            for lengths in [
+                &[][..],
+                &[1],
+                &[SECTOR - 1, 1, SECTOR + 1],
+                &[3 * SECTOR, 5, 7, 2 * SECTOR - 12, 0, 9],
+                &[100, 200, 300, 400, 500, 600, 9000, 10],
+            ] {
+                for after in [0, 1, SECTOR] {
+                    written(before, lengths, after);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_direct_output_refuses_is_written_as_any_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        let bytes = noise(2 * SECTOR + 3);
+        let mut file = File::create(&path).unwrap();
+        let _ = direct::set(&file, true);
+        // An address and a length that are no multiples of a sector.
+        let begin = 1 + bytes.as_ptr().align_offset(2);
+        write_directly(&mut file, &bytes[begin..]).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), &bytes[begin..]);
+    }
+
+    #[test]
+    fn a_failure_of_the_writer_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        fs::write(&path, b"").unwrap();
+        // Opened to be read, so that every write fails.
+        let file = File::open(&path).unwrap();
+        let mut file = HashedFile::new(file, "f".to_owned(), path);
+        let mut result = Ok(());
+        for _ in 0..=BLOCKS {
+            result = file
+                .block(SECTOR, SECTOR)
+                .and_then(|block| file.write_block(block));
+            if result.is_err() {
+                break;
+            }
+        }
+        let error = result.unwrap_err();
+        assert!(error.is_environment());
+        let reason = std::error::Error::source(&error).unwrap().to_string();
+        assert!(reason.contains("Bad file descriptor"), "{reason}");
+    }
+}
