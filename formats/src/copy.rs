@@ -146,7 +146,9 @@ pub fn write_checkpoint<P: Patch>(
         }
         Destination::File(output) if checkpoint.layout() == Layout::LoneFile => {
             for shard in checkpoint.files() {
-                let source = write_shard(shard, patch, output.growing()?, observer)?;
+                let file = output.growing()?;
+                // Inside of rayon's threads at once, rather than on the way to them for each window.
+                let source = rayon::scope(|_| write_shard(shard, patch, file, observer))?;
                 sources.push((shard.name.clone(), source.sha256));
                 source.report(&mut reported);
             }
@@ -228,18 +230,21 @@ fn write_shard<'a, P: Patch>(
         {
             source = Some(output.hasher().clone());
         }
-        let (_, patched) = rayon::join(
+        // Whoever is without work takes what was offered first, so the two that cannot be divided are begun first.
+        let ((_, patched), _) = rayon::join(
             || {
-                let (window, block) = hashing.as_ref()?;
-                Some(rayon::join(
-                    || output.hash_block(block),
-                    || window.hash(source.as_mut()),
-                ))
+                rayon::join(
+                    || hashing.as_ref().map(|(_, block)| output.hash_block(block)),
+                    || {
+                        let (window, block) = window.zip(block.as_mut())?;
+                        Some(window.fill(block, patch, observer))
+                    },
+                )
             },
             || {
-                window
-                    .zip(block.as_mut())
-                    .map(|(window, block)| window.fill(block, patch, observer))
+                hashing
+                    .as_ref()
+                    .map(|(window, _)| window.hash(source.as_mut()))
             },
         );
         if let Some((window, block)) = hashing.take() {
