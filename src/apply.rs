@@ -13,16 +13,18 @@
 
 mod merge;
 mod rounding;
+mod sums;
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::f16;
 use panacea_formats::{
     BaseProblem, Checkpoint, DeltaTensor, Destination, Dtype, NotFinite, Observer, Patch,
-    Perturbation, PerturbationRecord, Problems, SideFiles, Space, TensorView, WidenError,
+    Perturbation, PerturbationRecord, Problems, Sha256, SideFiles, Space, TensorView, WidenError,
     WriteError, WrittenFile, check_base, write_checkpoint,
 };
+use pulp::{Simd, WithSimd};
 use serde::Serialize;
 use thiserror::Error;
 
@@ -30,6 +32,7 @@ pub use merge::{Merge, MergeError, MergingError, merge};
 pub use rounding::Rounding;
 
 use rounding::Dice;
+use sums::Sums;
 
 /// How a perturbation is added.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -193,6 +196,8 @@ impl<'a> From<&'a Perturbation> for Wanted<'a> {
 pub struct Applied {
     /// Every file, by name, with its digest.
     pub files: Vec<WrittenFile>,
+    /// The checkpoint's files of weights, by name, with the digest of what was read of each.
+    pub sources: Vec<(String, Sha256)>,
     /// The side files that were copied, and those that were left out and why.
     pub side_files: SideFiles,
     /// What rounding left of the deltas.
@@ -292,6 +297,7 @@ pub fn apply(
     )?;
     Ok(Applied {
         files: written.files,
+        sources: written.sources,
         side_files: written.side_files,
         realized: realized(tensors),
     })
@@ -348,7 +354,7 @@ impl Patch for Addition<'_> {
         match tensor.dtype {
             Dtype::F32 => self.add(delta, tensor, elements, bytes, &mut dice, f32::to_le_bytes),
             Dtype::BF16 => self.add(delta, tensor, elements, bytes, &mut dice, |value| {
-                bf16::from_f32(value).to_le_bytes()
+                rounding::to_bf16(value).to_le_bytes()
             }),
             Dtype::F16 => self.add(delta, tensor, elements, bytes, &mut dice, |value| {
                 f16::from_f32(value).to_le_bytes()
@@ -383,29 +389,72 @@ impl Addition<'_> {
             let stored = &mut stored[..slots.len()];
             tensor.widen_into(range.clone(), weights)?;
             delta.read_into(range, steps)?;
-            for ((slot, step), weight) in slots.iter_mut().zip(&mut *steps).zip(&*weights) {
-                *step *= strength;
-                let random = dice.roll();
-                if *step != 0.0 && weight.is_finite() {
-                    *slot = narrow(rounding::round(weight + *step, tensor.dtype, random));
+            match dice.is_thrown() {
+                false => pulp::Arch::new().dispatch(Nearest {
+                    slots: &mut *slots,
+                    steps: &mut *steps,
+                    weights,
+                    strength,
+                    narrow: &narrow,
+                }),
+                true => {
+                    for ((slot, step), &weight) in slots.iter_mut().zip(&mut *steps).zip(&*weights)
+                    {
+                        *step *= strength;
+                        let random = dice.roll();
+                        if moves(weight, *step) {
+                            *slot = narrow(rounding::round(weight + *step, tensor.dtype, random));
+                        }
+                    }
                 }
             }
             widen(tensor, slots.as_flattened(), stored)?;
-            for (i, ((&weight, &step), &stored)) in
-                weights.iter().zip(&*steps).zip(&*stored).enumerate()
+            let overflows =
+                |(weight, stored): (&f32, &f32)| weight.is_finite() & !stored.is_finite();
+            let pairs = || weights.iter().zip(&*stored);
+            if pairs().fold(false, |any, pair| any | overflows(pair))
+                && let Some(i) = pairs().position(overflows)
             {
-                if weight.is_finite() && !stored.is_finite() {
-                    return Err(AdditionError::Overflow {
-                        element: start + i,
-                        dtype: tensor.dtype,
-                        weight,
-                        step,
-                    });
-                }
+                return Err(AdditionError::Overflow {
+                    element: start + i,
+                    dtype: tensor.dtype,
+                    weight: weights[i],
+                    step: steps[i],
+                });
             }
             sums.measure(weights, steps, stored);
         }
         Ok(sums)
+    }
+}
+
+/// Whether an element becomes another one, and not merely the same value with other bits.
+#[inline(always)]
+fn moves(weight: f32, step: f32) -> bool {
+    step != 0.0 && weight.is_finite()
+}
+
+/// Scales steps and puts the nearest values of the sums into slots of the stored type: a loop that is compiled for each instruction
+/// set, to the same bits.
+struct Nearest<'b, F, const WIDTH: usize> {
+    slots: &'b mut [[u8; WIDTH]],
+    steps: &'b mut [f32],
+    weights: &'b [f32],
+    strength: f32,
+    narrow: &'b F,
+}
+
+impl<F: Fn(f32) -> [u8; WIDTH], const WIDTH: usize> WithSimd for Nearest<'_, F, WIDTH> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let elements = self.slots.iter_mut().zip(self.steps).zip(self.weights);
+        for ((slot, step), &weight) in elements {
+            *step *= self.strength;
+            let sum = (self.narrow)(weight + *step);
+            *slot = if moves(weight, *step) { sum } else { *slot };
+        }
     }
 }
 
@@ -417,78 +466,6 @@ fn widen(like: &TensorView<'_>, bytes: &[u8], out: &mut [f32]) -> Result<(), Wid
 
 /// Elements added at once: three blocks of them fit the first-level cache.
 const BLOCK: usize = 1024;
-
-/// A [`Change`] in the making: everything that can be summed chunk by chunk.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sums {
-    elements: u64,
-    moved: u64,
-    not_finite: u64,
-    wanted_squared: f64,
-    realized_squared: f64,
-    dot: f64,
-    weight_squared: f64,
-    largest_weight: f32,
-    largest_wanted: f32,
-    largest_realized: f32,
-}
-
-impl Sums {
-    /// Takes in elements: old values, wanted steps, new values.
-    fn measure(&mut self, weights: &[f32], steps: &[f32], stored: &[f32]) {
-        for ((&weight, &step), &stored) in weights.iter().zip(steps).zip(stored) {
-            let wanted = f64::from(step);
-            self.elements += 1;
-            self.wanted_squared += wanted * wanted;
-            self.largest_wanted = self.largest_wanted.max(step.abs());
-            if !weight.is_finite() {
-                self.not_finite += 1;
-                continue;
-            }
-            let realized = f64::from(stored) - f64::from(weight);
-            self.moved += u64::from(realized != 0.0);
-            self.realized_squared += realized * realized;
-            self.dot += wanted * realized;
-            self.weight_squared += f64::from(weight) * f64::from(weight);
-            self.largest_weight = self.largest_weight.max(weight.abs());
-            #[expect(clippy::cast_possible_truncation, reason = "a figure for a report")]
-            let realized = realized.abs() as f32;
-            self.largest_realized = self.largest_realized.max(realized);
-        }
-    }
-
-    /// Takes in the sums of later elements.
-    fn add(&mut self, later: &Self) {
-        self.elements += later.elements;
-        self.moved += later.moved;
-        self.not_finite += later.not_finite;
-        self.wanted_squared += later.wanted_squared;
-        self.realized_squared += later.realized_squared;
-        self.dot += later.dot;
-        self.weight_squared += later.weight_squared;
-        self.largest_weight = self.largest_weight.max(later.largest_weight);
-        self.largest_wanted = self.largest_wanted.max(later.largest_wanted);
-        self.largest_realized = self.largest_realized.max(later.largest_realized);
-    }
-
-    fn change(&self) -> Change {
-        let (wanted_norm, realized_norm) =
-            (self.wanted_squared.sqrt(), self.realized_squared.sqrt());
-        let product = wanted_norm * realized_norm;
-        Change {
-            elements: self.elements,
-            moved: self.moved,
-            not_finite: self.not_finite,
-            wanted_norm,
-            realized_norm,
-            cosine: (product > 0.0).then(|| self.dot / product),
-            weight_norm: self.weight_squared.sqrt(),
-            largest_weight: self.largest_weight,
-            largest_wanted: self.largest_wanted,
-            largest_realized: self.largest_realized,
-        }
-    }
-}
 
 /// Why a perturbation was not applied.
 #[derive(Debug, Error)]

@@ -10,19 +10,23 @@
 //! there is a moment in which another process can create the target unseen, or in which a replaced one is absent. Permissions
 //! come from the umask; those of a replaced target, its owner and its extended attributes are not carried over.
 
+mod hashed;
 mod rename;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use thiserror::Error;
 
-use crate::digest::{Hasher, Sha256};
+use crate::digest::Sha256;
 use crate::error::shown;
+
+pub(crate) use hashed::Block;
+pub use hashed::HashedFile;
 
 /// What to do when the target exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,10 +237,14 @@ impl OutputFile {
     /// # Errors
     /// When they cannot be written, or [`OutputFile::finish`] was called before.
     pub fn write_all(&mut self, bytes: &[u8]) -> Result<(), OutputError> {
-        match &mut self.file {
-            Some(file) => file.write_all(bytes),
-            None => Err(self.target.refused(OutputErrorKind::Finished)),
-        }
+        self.growing()?.write_all(bytes)
+    }
+
+    /// The file, as long as it was not finished.
+    pub(crate) fn growing(&mut self) -> Result<&mut HashedFile, OutputError> {
+        self.file
+            .as_mut()
+            .ok_or_else(|| self.target.refused(OutputErrorKind::Finished))
     }
 
     /// Flushes the file and tells what is in it; nothing can be appended afterwards. The target is still as it was.
@@ -267,57 +275,6 @@ impl OutputFile {
     pub fn commit(mut self) -> Result<Committed, OutputError> {
         self.finish()?;
         self.target.commit(self.partial)
-    }
-}
-
-/// A new file that is hashed as it is written.
-#[derive(Debug)]
-pub struct HashedFile {
-    file: File,
-    hasher: Hasher,
-    bytes: u64,
-    name: String,
-    /// Names the output in errors.
-    output: PathBuf,
-}
-
-impl HashedFile {
-    fn new(file: File, name: String, output: PathBuf) -> Self {
-        Self {
-            file,
-            hasher: Hasher::new(),
-            bytes: 0,
-            name,
-            output,
-        }
-    }
-
-    /// Appends `bytes`. Unbuffered: meant for large pieces.
-    ///
-    /// # Errors
-    /// When they cannot be written.
-    pub fn write_all(&mut self, bytes: &[u8]) -> Result<(), OutputError> {
-        self.file
-            .write_all(bytes)
-            .map_err(|error| OutputError::new(&self.output, error))?;
-        self.hasher.update(bytes);
-        self.bytes += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Flushes the file to the disk and tells what is in it.
-    ///
-    /// # Errors
-    /// When flushing fails.
-    pub fn finish(self) -> Result<WrittenFile, OutputError> {
-        self.file
-            .sync_all()
-            .map_err(|error| OutputError::new(&self.output, error))?;
-        Ok(WrittenFile {
-            name: self.name,
-            bytes: self.bytes,
-            sha256: self.hasher.finish(),
-        })
     }
 }
 

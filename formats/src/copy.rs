@@ -1,12 +1,13 @@
 //! Writes a copy of a checkpoint in which chosen tensors have other bytes, and nothing else differs.
 //!
 //! In: an open checkpoint, a [`Patch`] that says what the chosen tensors' bytes become, and an output. Out: every file with its
-//! length and digest. The header of each file of weights is repeated byte for byte, so that order, metadata, offsets and element
+//! length and digest, and the digests of the files that were read. The header of each file of weights is repeated byte for byte, so that order, metadata, offsets and element
 //! types stay; all other ranges and all side files are copied.
 //!
-//! A window of chunks is patched in parallel while the one before is hashed and written. Chunks have a fixed size and come in a
-//! fixed order, so bytes and reports do not depend on the number of threads. Memory: at most 8 chunks of 4 MiB, whatever the
-//! size of the checkpoint.
+//! Every byte is read once. A window of chunks is patched in parallel while the one before is hashed, as it was and as it will be,
+//! and the one before that is written; two files go on at the same time. Chunks have a fixed size, and what is learned from
+//! them is told in a fixed order, so bytes and reports do not depend on the number of threads. Memory: three windows of
+//! 8 MiB for each of two files, whatever the size of the checkpoint.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -15,8 +16,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 use thiserror::Error;
 
-use crate::atomic::{HashedFile, OutputDir, OutputError, OutputFile, WrittenFile};
-use crate::checkpoint::{Checkpoint, Layout, SideFile, SideFiles};
+use crate::atomic::{Block, HashedFile, OutputDir, OutputError, OutputFile, WrittenFile};
+use crate::checkpoint::{Checkpoint, Layout, Shard, SideFile, SideFiles};
+use crate::digest::{Hasher, Sha256};
 use crate::dtype::Dtype;
 use crate::error::{FormatError, shown};
 use crate::safetensors::SafetensorsFile;
@@ -47,12 +49,12 @@ pub trait Patch: Sync {
 
 /// Watches long work, and can end it.
 pub trait Observer: Sync {
-    /// `bytes` more were done. From one thread at a time.
+    /// `bytes` more were done. From any thread.
     fn advanced(&self, bytes: u64) {
         let _ = bytes;
     }
 
-    /// Whether to stop. Asked before every chunk.
+    /// Whether to stop. Asked before every few chunks, from any thread.
     fn interrupted(&self) -> bool {
         false
     }
@@ -75,6 +77,8 @@ pub enum Destination<'a> {
 pub struct WrittenCheckpoint {
     /// Every file written, by name.
     pub files: Vec<WrittenFile>,
+    /// Every file of weights that was read, by name, with the digest of its bytes.
+    pub sources: Vec<(String, Sha256)>,
     /// Which side files were copied, and which were not and why.
     pub side_files: SideFiles,
 }
@@ -103,7 +107,7 @@ pub fn copied_bytes(checkpoint: &Checkpoint) -> Result<u64, FormatError> {
 /// after file, tensor after tensor, chunk after chunk. Nothing is committed.
 ///
 /// # Errors
-/// [`WriteError`]; the output is then incomplete and should be dropped.
+/// [`WriteError`], of several the one about the first file; the output is then incomplete and should be dropped.
 pub fn write_checkpoint<P: Patch>(
     checkpoint: &Checkpoint,
     patch: &P,
@@ -113,12 +117,28 @@ pub fn write_checkpoint<P: Patch>(
 ) -> Result<WrittenCheckpoint, WriteError<P::Error>> {
     let side_files = checkpoint.side_files()?;
     let mut files = Vec::new();
+    let mut sources = Vec::new();
     match destination {
         Destination::Directory(output) if checkpoint.layout() != Layout::LoneFile => {
-            for shard in checkpoint.files() {
-                let mut file = output.create_file(&shard.name)?;
-                write_shard(&shard.file, patch, &mut file, observer, &mut reported)?;
-                files.push(file.finish()?);
+            for shards in checkpoint.files().chunks(FILES_AT_ONCE) {
+                let mut pairs = Vec::new();
+                for shard in shards {
+                    pairs.push((shard, output.create_file(&shard.name)?));
+                }
+                let written: Vec<CopiedShard<'_, P>> = pairs
+                    .into_par_iter()
+                    .with_max_len(1)
+                    .map(|(shard, mut file)| {
+                        let source = write_shard(shard, patch, &mut file, observer)?;
+                        Ok((source, file.finish()?))
+                    })
+                    .collect();
+                for (shard, written) in shards.iter().zip(written) {
+                    let (source, file) = written?;
+                    sources.push((shard.name.clone(), source.sha256));
+                    source.report(&mut reported);
+                    files.push(file);
+                }
             }
             for side_file in &side_files.copied {
                 files.push(copy_side_file(side_file, output, observer)?);
@@ -126,7 +146,11 @@ pub fn write_checkpoint<P: Patch>(
         }
         Destination::File(output) if checkpoint.layout() == Layout::LoneFile => {
             for shard in checkpoint.files() {
-                write_shard(&shard.file, patch, output, observer, &mut reported)?;
+                let file = output.growing()?;
+                // Inside of rayon's threads at once, rather than on the way to them for each window.
+                let source = rayon::scope(|_| write_shard(shard, patch, file, observer))?;
+                sources.push((shard.name.clone(), source.sha256));
+                source.report(&mut reported);
             }
             files.push(output.finish()?);
         }
@@ -134,23 +158,28 @@ pub fn write_checkpoint<P: Patch>(
     }
     checkpoint.check_unchanged()?;
     files.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(WrittenCheckpoint { files, side_files })
+    Ok(WrittenCheckpoint {
+        files,
+        sources,
+        side_files,
+    })
 }
 
-/// Where the bytes of one file go.
-trait Sink: Send {
-    fn append(&mut self, bytes: &[u8]) -> Result<(), OutputError>;
+/// A file of weights, copied and finished.
+type CopiedShard<'a, P> = Result<(Source<'a, P>, WrittenFile), WriteError<<P as Patch>::Error>>;
+
+/// What was learned of one file of weights while it was copied.
+struct Source<'a, P: Patch> {
+    sha256: Sha256,
+    /// With the tensor's name, in the order of the chunks.
+    reports: Vec<(&'a str, P::Report)>,
 }
 
-impl Sink for HashedFile {
-    fn append(&mut self, bytes: &[u8]) -> Result<(), OutputError> {
-        self.write_all(bytes)
-    }
-}
-
-impl Sink for OutputFile {
-    fn append(&mut self, bytes: &[u8]) -> Result<(), OutputError> {
-        self.write_all(bytes)
+impl<P: Patch> Source<'_, P> {
+    fn report(self, reported: &mut impl FnMut(&str, P::Report)) {
+        for (tensor, report) in self.reports {
+            reported(tensor, report);
+        }
     }
 }
 
@@ -174,35 +203,77 @@ impl Segment<'_> {
     }
 }
 
-fn write_shard<P: Patch>(
-    file: &SafetensorsFile,
+/// Appends the copy of `shard` to `output`.
+fn write_shard<'a, P: Patch>(
+    shard: &'a Shard,
     patch: &P,
-    sink: &mut impl Sink,
+    output: &mut HashedFile,
     observer: &impl Observer,
-    reported: &mut (impl FnMut(&str, P::Report) + Send),
-) -> Result<(), WriteError<P::Error>> {
-    let segments = segments(file, patch)?;
-    let mut patching: Window = Window::default();
-    let mut writing: Window = Window::default();
-    let mut pending: &[Segment<'_>] = &[];
-    for window in segments.chunks(WINDOW_CHUNKS).chain([&[][..]]) {
-        let (written, patched) = rayon::join(
-            || write_window(pending, &writing, sink, observer),
-            || patch_window(window, &mut patching, patch, observer),
+) -> Result<Source<'a, P>, WriteError<P::Error>> {
+    let segments = segments(&shard.file, patch)?;
+    let windows = windows(&segments);
+    let capacity = windows.iter().map(|window| window.bytes).max().unwrap_or(0);
+    let mut reports = Vec::new();
+    // Up to the first chunk that is patched, the digest of the copy is that of the source.
+    let mut source: Option<Hasher> = None;
+    let mut hashing: Option<(&Window<'_, '_>, Block)> = None;
+    for window in windows.iter().map(Some).chain([None]) {
+        if observer.interrupted() {
+            return Err(WriteError::Interrupted);
+        }
+        let mut block = window
+            .map(|window| output.block(window.bytes, capacity))
+            .transpose()?;
+        if let Some((window, _)) = &hashing
+            && source.is_none()
+            && window.is_patched()
+        {
+            source = Some(output.hasher().clone());
+        }
+        // Whoever is without work takes what was offered first, so the two that cannot be divided are begun first.
+        let ((_, patched), _) = rayon::join(
+            || {
+                rayon::join(
+                    || hashing.as_ref().map(|(_, block)| output.hash_block(block)),
+                    || {
+                        let (window, block) = window.zip(block.as_mut())?;
+                        Some(window.fill(block, patch, observer))
+                    },
+                )
+            },
+            || {
+                hashing
+                    .as_ref()
+                    .map(|(window, _)| window.hash(source.as_mut()))
+            },
         );
-        // The earlier bytes' failure first, so that what is reported does not depend on timing.
-        written?;
-        for (segment, report) in window.iter().zip(patched) {
+        if let Some((window, block)) = hashing.take() {
+            output.write_block(block)?;
+            observer.advanced(window.bytes as u64);
+        }
+        for (segment, report) in window
+            .into_iter()
+            .flat_map(|it| it.segments)
+            .zip(patched.into_iter().flatten())
+        {
+            // The failure of earlier bytes first, so that what is reported does not depend on timing.
+            let report = match report {
+                Err(error) => return Err(output.settle().err().map_or(error, Into::into)),
+                Ok(report) => report,
+            };
             if let Segment::Patched { tensor, .. } = segment
-                && let Some(report) = report?
+                && let Some(report) = report
             {
-                reported(tensor.name, report);
+                reports.push((tensor.name, report));
             }
         }
-        std::mem::swap(&mut patching, &mut writing);
-        pending = window;
+        hashing = window.zip(block);
     }
-    Ok(())
+    let source = source.unwrap_or_else(|| output.hasher().clone());
+    Ok(Source {
+        sha256: source.finish(),
+        reports,
+    })
 }
 
 /// Cuts a file into segments of at most [`CHUNK_BYTES`], in order.
@@ -247,65 +318,89 @@ fn segments<'a, P: Patch>(
     Ok(segments)
 }
 
-/// Room for the patched chunks of one window, kept from one to the next.
-type Window = [Vec<u8>; WINDOW_CHUNKS];
-
-/// A chunk's report; nothing for a copied segment.
-type PatchedSegment<P> = Result<Option<<P as Patch>::Report>, WriteError<<P as Patch>::Error>>;
-
-/// One result for each segment.
-fn patch_window<P: Patch>(
-    segments: &[Segment<'_>],
-    window: &mut Window,
-    patch: &P,
-    observer: &impl Observer,
-) -> Vec<PatchedSegment<P>> {
-    segments
-        .par_iter()
-        .zip(window.par_iter_mut())
-        .with_max_len(1)
-        .map(|(segment, bytes)| {
-            let Segment::Patched {
-                tensor,
-                elements,
-                stored,
-            } = segment
-            else {
-                return Ok(None);
-            };
-            if observer.interrupted() {
-                return Err(WriteError::Interrupted);
-            }
-            bytes.clear();
-            bytes.extend_from_slice(stored);
-            patch
-                .patch(tensor, elements.clone(), bytes)
-                .map(Some)
-                .map_err(|source| WriteError::Patch {
-                    tensor: tensor.name.to_owned(),
-                    source,
-                })
-        })
-        .collect()
+/// Neighboring segments that are patched, hashed and written together.
+struct Window<'a, 's> {
+    segments: &'s [Segment<'a>],
+    /// Of all of them.
+    bytes: usize,
 }
 
-fn write_window<E: std::error::Error + 'static>(
-    segments: &[Segment<'_>],
-    window: &Window,
-    sink: &mut impl Sink,
-    observer: &impl Observer,
-) -> Result<(), WriteError<E>> {
-    for (segment, patched) in segments.iter().zip(window) {
-        if observer.interrupted() {
-            return Err(WriteError::Interrupted);
+/// Cuts segments into windows of at most [`WINDOW_BYTES`].
+fn windows<'a, 's>(segments: &'s [Segment<'a>]) -> Vec<Window<'a, 's>> {
+    let mut windows = Vec::new();
+    let mut rest = segments;
+    while !rest.is_empty() {
+        let (mut count, mut bytes) = (0, 0);
+        for segment in rest {
+            let longer = bytes + segment.stored().len();
+            if count > 0 && longer > WINDOW_BYTES {
+                break;
+            }
+            (count, bytes) = (count + 1, longer);
         }
-        match segment {
-            Segment::Copied(stored) => sink.append(stored)?,
-            Segment::Patched { .. } => sink.append(patched)?,
-        }
-        observer.advanced(segment.stored().len() as u64);
+        let (segments, later) = rest.split_at(count);
+        windows.push(Window { segments, bytes });
+        rest = later;
     }
-    Ok(())
+    windows
+}
+
+/// A chunk's report; nothing for a copied segment.
+type FilledSegment<P> = Result<Option<<P as Patch>::Report>, WriteError<<P as Patch>::Error>>;
+
+impl Window<'_, '_> {
+    fn is_patched(&self) -> bool {
+        let mut segments = self.segments.iter();
+        segments.any(|segment| matches!(segment, Segment::Patched { .. }))
+    }
+
+    /// Hashes what the window was before it was patched, where that is not what the copy's own digest is of.
+    fn hash(&self, source: Option<&mut Hasher>) {
+        if let Some(hasher) = source {
+            for segment in self.segments {
+                hasher.update(segment.stored());
+            }
+        }
+    }
+
+    /// Makes `block` what the window becomes. One result for each segment.
+    fn fill<P: Patch>(
+        &self,
+        block: &mut Block,
+        patch: &P,
+        observer: &impl Observer,
+    ) -> Vec<FilledSegment<P>> {
+        let mut rest = block.bytes_mut();
+        let mut slots = Vec::with_capacity(self.segments.len());
+        for segment in self.segments {
+            let (slot, later) = rest.split_at_mut(segment.stored().len());
+            slots.push((segment, slot));
+            rest = later;
+        }
+        slots
+            .into_par_iter()
+            .with_max_len(1)
+            .map(|(segment, slot)| {
+                slot.copy_from_slice(segment.stored());
+                let Segment::Patched {
+                    tensor, elements, ..
+                } = segment
+                else {
+                    return Ok(None);
+                };
+                if observer.interrupted() {
+                    return Err(WriteError::Interrupted);
+                }
+                patch
+                    .patch(tensor, elements.clone(), slot)
+                    .map(Some)
+                    .map_err(|source| WriteError::Patch {
+                        tensor: tensor.name.to_owned(),
+                        source,
+                    })
+            })
+            .collect()
+    }
 }
 
 fn copy_side_file<E: std::error::Error + 'static>(
@@ -336,8 +431,12 @@ fn copy_side_file<E: std::error::Error + 'static>(
 /// Bytes patched at once: a multiple of every element's width, and small enough that a window stays in a large cache.
 pub const CHUNK_BYTES: usize = 4 << 20;
 
-/// Chunks patched in parallel. Two windows are alive at once. Hashing, on one thread, is slower than four of patching.
-const WINDOW_CHUNKS: usize = 4;
+/// Bytes patched, hashed or written at once, each while the other two happen to neighbors: so many that threads seldom wait for
+/// each other.
+const WINDOW_BYTES: usize = 2 * CHUNK_BYTES;
+
+/// Files written at the same time: what one waits for, a hash or the disk, the other makes use of.
+const FILES_AT_ONCE: usize = 2;
 
 /// Bytes of a side file read at once.
 const SIDE_PIECE: usize = 1 << 20;

@@ -14,56 +14,82 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use panacea_formats::{
-    CHUNK_BYTES, Checkpoint, Destination, OutputFile, Overwrite, Patch, TensorView,
+    CHUNK_BYTES, Checkpoint, Destination, OutputDir, OutputFile, Overwrite, Patch, TensorView,
     write_checkpoint,
 };
 
 #[test]
-fn a_copy_takes_eight_chunks_whatever_its_size() {
+fn a_copy_takes_three_windows_for_each_of_two_files_whatever_its_size() {
     let directory = tempfile::tempdir().unwrap();
-    let small = peak_of_copying(directory.path(), 40 << 20);
-    let large = peak_of_copying(directory.path(), 160 << 20);
-    // 1 MiB for everything that is not a chunk: names, segments, the thread pool.
-    let limit = 8 * CHUNK_BYTES + (1 << 20);
-    assert!(small <= limit, "{small} bytes for 40 MiB");
-    assert!(large <= limit, "{large} bytes for 160 MiB");
-    // A lower bound shows that the allocator counts.
-    assert!(large >= 4 * CHUNK_BYTES, "{large} bytes for 160 MiB");
+    // 1 MiB for everything that is no window: names, segments, the thread pool.
+    let limit = |files: usize| files * 3 * 2 * CHUNK_BYTES + (1 << 20);
+    for (shards, files) in [(1, 1), (5, 2)] {
+        for size in [40 << 20, 160 << 20] {
+            let peak = peak_of_copying(directory.path(), size, shards);
+            assert!(
+                peak <= limit(files),
+                "{peak} bytes for {size} in {shards} files"
+            );
+            // A lower bound shows that the allocator counts.
+            assert!(
+                peak >= 4 * CHUNK_BYTES,
+                "{peak} bytes for {size} in {shards} files"
+            );
+        }
+    }
 }
 
-/// The most bytes allocated at once while a file with one tensor of `bytes` bytes is opened and copied, all of it patched.
-fn peak_of_copying(directory: &Path, bytes: usize) -> usize {
-    let input = directory.join("in.safetensors");
-    let header = format!(
-        r#"{{"w":{{"dtype":"BF16","shape":[{}],"data_offsets":[0,{bytes}]}}}}"#,
-        bytes / 2
+/// The most bytes allocated at once while a checkpoint of `bytes` bytes is opened and copied, all of it patched. One shard is a lone file.
+fn peak_of_copying(directory: &Path, bytes: usize, shards: usize) -> usize {
+    let directory = tempfile::tempdir_in(directory).unwrap();
+    let input = directory.path().join("in");
+    fs::create_dir(&input).unwrap();
+    let mut index = Vec::new();
+    for shard in 0..shards {
+        let length = bytes / shards / 2 * 2;
+        let header = format!(
+            r#"{{"w{shard}":{{"dtype":"BF16","shape":[{}],"data_offsets":[0,{length}]}}}}"#,
+            length / 2
+        );
+        let name = format!("{shard}.safetensors");
+        let mut file = fs::File::create(input.join(&name)).unwrap();
+        file.write_all(&(header.len() as u64).to_le_bytes())
+            .unwrap();
+        file.write_all(header.as_bytes()).unwrap();
+        file.set_len((8 + header.len() + length) as u64).unwrap();
+        index.push(format!(r#""w{shard}":"{name}""#));
+    }
+    let index = format!(
+        r#"{{"metadata":{{}},"weight_map":{{{}}}}}"#,
+        index.join(",")
     );
-    let mut file = fs::File::create(&input).unwrap();
-    file.write_all(&(header.len() as u64).to_le_bytes())
-        .unwrap();
-    file.write_all(header.as_bytes()).unwrap();
-    file.set_len((8 + header.len() + bytes) as u64).unwrap();
+    fs::write(input.join("model.safetensors.index.json"), index).unwrap();
+    let target = directory.path().join("out");
 
     let before = LIVE.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
-    let checkpoint = Checkpoint::open(&input).unwrap();
-    let mut output = OutputFile::create(
-        &directory.join("out.safetensors"),
-        Overwrite::Replace,
-        &[&input],
-    )
-    .unwrap();
-    let written = write_checkpoint(
-        &checkpoint,
-        &Ones,
-        Destination::File(&mut output),
-        &(),
-        |_, ()| {},
-    )
-    .unwrap();
-    assert_eq!(written.files[0].bytes, (8 + header.len() + bytes) as u64);
-    let _ = output.commit().unwrap();
+    let total: u64 = if shards == 1 {
+        let input = input.join("0.safetensors");
+        let checkpoint = Checkpoint::open(&input).unwrap();
+        let mut output = OutputFile::create(&target, Overwrite::Never, &[&input]).unwrap();
+        let total = copy(&checkpoint, Destination::File(&mut output));
+        let _ = output.commit().unwrap();
+        total
+    } else {
+        let checkpoint = Checkpoint::open(&input).unwrap();
+        let mut output = OutputDir::create(&target, Overwrite::Never, &[&input]).unwrap();
+        let total = copy(&checkpoint, Destination::Directory(&mut output));
+        let _ = output.commit().unwrap();
+        total
+    };
+    assert!(total >= (bytes - 2 * shards) as u64);
     PEAK.load(Ordering::Relaxed) - before
+}
+
+/// Returns how many bytes were written.
+fn copy(checkpoint: &Checkpoint, destination: Destination<'_>) -> u64 {
+    let written = write_checkpoint(checkpoint, &Ones, destination, &(), |_, ()| {}).unwrap();
+    written.files.iter().map(|file| file.bytes).sum()
 }
 
 /// Sets every byte.

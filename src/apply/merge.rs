@@ -22,7 +22,8 @@ use panacea_formats::{
 use thiserror::Error;
 
 use super::rounding::{self, Dice};
-use super::{Applied, ApplyError, ApplySettings, BLOCK, Sums, Wanted, realized, widened};
+use super::sums::Sums;
+use super::{Applied, ApplyError, ApplySettings, BLOCK, Wanted, realized, widened};
 
 /// What is merged into what.
 #[derive(Clone, Copy, Debug)]
@@ -85,6 +86,7 @@ pub fn merge(
         .map_err(WriteError::Input)?;
     Ok(Applied {
         files: written.files,
+        sources: written.sources,
         side_files: written.side_files,
         realized: realized(tensors),
     })

@@ -43,9 +43,30 @@ impl Rounding {
 pub(super) struct Dice(Option<ChaCha8Rng>);
 
 impl Dice {
+    /// Whether there is any chance.
+    pub(super) fn is_thrown(&self) -> bool {
+        self.0.is_some()
+    }
+
     pub(super) fn roll(&mut self) -> Option<u32> {
         self.0.as_mut().map(Rng::next_u32)
     }
+}
+
+/// The bits of the BF16 value nearest to `sum`, ties to the even one. `sum` is not NaN; [`half`]'s conversion asks, by a branch that
+/// keeps loops from vectorizing.
+#[inline(always)]
+pub(super) fn to_bf16(sum: f32) -> u16 {
+    let bits = sum.to_bits();
+    let (upper, even) = (bits >> 16, (bits >> 16) & 1);
+    // The lower half's carry: above a half always, at a half when the upper half is odd.
+    let carry = ((bits & 0xFFFF) + 0x7FFF + even) >> 16;
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the upper half of 32 bits, and no carry out of infinity"
+    )]
+    let rounded = (upper + carry) as u16;
+    rounded
 }
 
 /// `sum` as a value of `dtype`, by chance when there is a `random` word. Without one it is returned as it is, and the conversion
@@ -141,6 +162,18 @@ mod tests {
                     (below, above)
                 };
                 assert_eq!((low, high), (toward_zero, away), "{dtype} {sample}");
+            }
+        }
+    }
+
+    #[test]
+    fn nearest_bf16_values_are_those_of_half_in_every_exponent() {
+        for upper in 0..=u16::MAX {
+            for lower in [0_u16, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
+                let sum = f32::from_bits(u32::from(upper) << 16 | u32::from(lower));
+                if !sum.is_nan() {
+                    assert_eq!(to_bf16(sum), bf16::from_f32(sum).to_bits(), "{sum:e}");
+                }
             }
         }
     }

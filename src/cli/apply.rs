@@ -1,6 +1,7 @@
 //! `apply`: a checkpoint and a perturbation file in, a patched checkpoint out.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use panacea_formats::{Perturbation, Sha256};
 use panacea_patch::apply::{ApplySettings, Wanted};
@@ -66,26 +67,35 @@ pub(super) fn from_file(
         perturbation.deltas().len(),
         panacea_formats::shown(&perturbation.record().method)
     ));
-    let digest = perturbation.file().digest();
     if dry_run {
         Wanted::from(&perturbation).check(&model.checkpoint)?;
         return Plan::of_addition(model, &perturbation, &output)?.print(command, reporter);
     }
     let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let mut dependencies = model.inputs(&[])?;
-    dependencies.push(Dependency {
-        role: Role::Perturbation,
-        name: name.clone().into_owned(),
-        uri: None,
-        digest,
-    });
-    let origin = Origin {
-        parameters: settings::addition_parameters(settings, model),
-        dependencies,
-        byproducts: vec![byproduct("perturbation", record_json(&perturbation))],
-    };
     let wanted = Wanted::from(&perturbation);
-    let written = output.write(model, &wanted, settings, origin, reporter)?;
+    // A dense perturbation is hashed for as long as half of the writing takes, so both at once.
+    let digest = OnceLock::new();
+    let mut dependencies = model.inputs_not_copied()?;
+    let origin = || {
+        dependencies.push(Dependency {
+            role: Role::Perturbation,
+            name: name.clone().into_owned(),
+            uri: None,
+            digest: *digest.wait(),
+        });
+        Origin {
+            parameters: settings::addition_parameters(settings, model),
+            dependencies,
+            byproducts: vec![byproduct("perturbation", record_json(&perturbation))],
+        }
+    };
+    let written = rayon::in_place_scope(|scope| {
+        scope.spawn(|_| {
+            digest.get_or_init(|| perturbation.file().digest());
+        });
+        output.write(model, &wanted, settings, origin, reporter)
+    })?;
+    let digest = *digest.wait();
 
     let mut table = Table::new();
     table.heading(written.heading(model));

@@ -269,6 +269,26 @@ impl Model {
         Ok(inputs)
     }
 
+    /// The digests of what is read and not copied: of an adapter that is merged, its own files.
+    ///
+    /// # Errors
+    /// When the adapter's config cannot be read.
+    pub(super) fn inputs_not_copied(&self) -> Result<Vec<Dependency>, Failure> {
+        if !self.merges() {
+            return Ok(Vec::new());
+        }
+        let mut inputs = weights(&self.checkpoint, Role::Checkpoint);
+        let path = self.checkpoint.path().join(ADAPTER_CONFIG_FILE);
+        inputs.push(Dependency {
+            role: Role::Checkpoint,
+            name: ADAPTER_CONFIG_FILE.to_owned(),
+            uri: None,
+            digest: Sha256::of_file(&path)
+                .map_err(|error| Failure::from(FormatError::new(&path, error)))?,
+        });
+        Ok(inputs)
+    }
+
     /// Refuses to go on when a file of weights has another length than when it was opened.
     ///
     /// # Errors

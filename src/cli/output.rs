@@ -10,7 +10,7 @@ use panacea_formats::{
     Checkpoint, Committed, Destination, Layout, OutputDir, OutputFile, Overwrite, Sha256,
     SideFiles, WrittenFile, copied_bytes, shown,
 };
-use panacea_patch::apply::{ApplySettings, RealizedChange, Wanted};
+use panacea_patch::apply::{Applied, ApplySettings, RealizedChange, Wanted};
 use panacea_patch::manifest::{
     Byproduct, Dependency, FileDigest, FileName, MANIFEST_NAME, PrivateKey, Provenance, Role,
     SIGNATURE_NAME, Signature, Statement, Timestamp, ignored_by_default, manifest_path,
@@ -50,7 +50,7 @@ pub(super) struct Written {
 pub(super) struct Origin {
     /// The options that change bytes.
     pub(super) parameters: Map<String, Value>,
-    /// Inputs other than the side files that are copied.
+    /// Inputs. Files of weights that are copied and not among them are added when they have been read.
     pub(super) dependencies: Vec<Dependency>,
     /// What was measured on the way.
     pub(super) byproducts: Vec<Byproduct>,
@@ -114,7 +114,7 @@ impl Output {
         self.key.is_some()
     }
 
-    /// Writes `model` with `wanted` added.
+    /// Writes `model` with `wanted` added. `origin` is asked for when the weights are written.
     ///
     /// # Errors
     /// When anything fails or the work is interrupted; the target is then as it was.
@@ -123,7 +123,7 @@ impl Output {
         model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: Origin,
+        origin: impl FnOnce() -> Origin,
         reporter: &Reporter,
     ) -> Result<Written, Failure> {
         let total = copied_bytes(model.copied())?;
@@ -154,7 +154,7 @@ impl Output {
         model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: Origin,
+        origin: impl FnOnce() -> Origin,
         watch: &CopyWatch,
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let mut output = OutputDir::create(&self.target, self.overwrite, &self.inputs())?;
@@ -173,8 +173,8 @@ impl Output {
                 });
             }
         }
-        let copies = copied_dependencies(&applied.side_files, &applied.files, &model.copied_role());
-        let provenance = origin.provenance(copies, &applied.realized, self.finished_on);
+        let role = model.copied_role();
+        let provenance = origin().provenance(&applied, &role, self.finished_on)?;
         let manifest = Statement::new(listed.clone(), provenance)?.to_json();
         let mut files = applied.files;
         let manifest = output.write_file(MANIFEST_NAME, manifest.as_bytes())?;
@@ -202,7 +202,7 @@ impl Output {
         model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: Origin,
+        origin: impl FnOnce() -> Origin,
         watch: &CopyWatch,
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let inputs = self.inputs();
@@ -210,7 +210,8 @@ impl Output {
         output.require_space(copied_bytes(model.copied())?.saturating_add(MANIFEST_ROOM))?;
         let applied = model.add(wanted, settings, Destination::File(&mut output), watch)?;
         let weights = output.finish()?;
-        let provenance = origin.provenance(Vec::new(), &applied.realized, self.finished_on);
+        let role = model.copied_role();
+        let provenance = origin().provenance(&applied, &role, self.finished_on)?;
         let subject = FileDigest {
             name: weights.name.parse()?,
             digest: weights.sha256,
@@ -278,29 +279,57 @@ impl Output {
 }
 
 impl Origin {
+    /// What the manifest says of how `applied` came about.
+    ///
+    /// # Errors
+    /// When weights are not those that the inputs name.
     fn provenance(
         self,
-        copies: Vec<Dependency>,
-        realized: &RealizedChange,
+        applied: &Applied,
+        role: &Role,
         finished_on: Option<Timestamp>,
-    ) -> Provenance {
-        let mut dependencies = self.dependencies;
-        for copy in copies {
+    ) -> Result<Provenance, Failure> {
+        let mut dependencies = Vec::new();
+        for (name, digest) in &applied.sources {
+            let known = |it: &&Dependency| it.role == *role && it.name == *name;
+            match self.dependencies.iter().find(known) {
+                Some(known) if known.digest != *digest => {
+                    return Err(Failure::new(
+                        Exit::Refused,
+                        format!("`{}` is not what it was any more", shown(name)),
+                    )
+                    .because(format!(
+                        "its digest was {} when the perturbation was looked for, and {digest} when it was copied",
+                        known.digest
+                    ))
+                    .hint("run it again, and let nothing write to the model meanwhile"));
+                }
+                Some(_) => {}
+                None => dependencies.push(Dependency {
+                    role: role.clone(),
+                    name: name.clone(),
+                    uri: None,
+                    digest: *digest,
+                }),
+            }
+        }
+        dependencies.extend(self.dependencies);
+        for copy in copied_dependencies(&applied.side_files, &applied.files, role) {
             let same = |known: &Dependency| known.name == copy.name && known.role == copy.role;
             if !dependencies.iter().any(same) {
                 dependencies.push(copy);
             }
         }
         let mut byproducts = self.byproducts;
-        byproducts.push(byproduct("realized-change", json!(realized.total)));
-        Provenance {
+        byproducts.push(byproduct("realized-change", json!(applied.realized.total)));
+        Ok(Provenance {
             external_parameters: self.parameters,
             internal_parameters: object(json!({"device": "cpu"})),
             dependencies,
             byproducts,
             finished_on,
             ..Provenance::default()
-        }
+        })
     }
 }
 
@@ -501,3 +530,50 @@ fn source_date() -> Result<Option<Timestamp>, Failure> {
 
 /// Room kept for the manifest and the signature, which grow with the number of files.
 const MANIFEST_ROOM: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_that_changed_since_the_search_are_refused_and_others_listed_first() {
+        let (old, new) = (Sha256::of(b"old"), Sha256::of(b"new"));
+        let applied = |digest| Applied {
+            files: Vec::new(),
+            sources: vec![("model.safetensors".to_owned(), digest)],
+            side_files: SideFiles::default(),
+            realized: RealizedChange::default(),
+        };
+        let origin = |names: &[&str]| Origin {
+            dependencies: names
+                .iter()
+                .map(|name| Dependency {
+                    role: Role::Checkpoint,
+                    name: (*name).to_owned(),
+                    uri: None,
+                    digest: old,
+                })
+                .collect(),
+            ..Origin::default()
+        };
+        let listed = |names, digest| -> Result<Vec<_>, _> {
+            let provenance = origin(names).provenance(&applied(digest), &Role::Checkpoint, None)?;
+            let dependencies = provenance.dependencies.into_iter();
+            Ok::<_, Failure>(dependencies.map(|it| (it.name, it.digest)).collect())
+        };
+        let pair = |name: &str, digest| (name.to_owned(), digest);
+        assert_eq!(
+            listed(&["p"], new).unwrap(),
+            [pair("model.safetensors", new), pair("p", old)]
+        );
+        let known = ["config.json", "model.safetensors"];
+        assert_eq!(
+            listed(&known, old).unwrap(),
+            known.map(|name| pair(name, old))
+        );
+        let refusal = listed(&known, new).unwrap_err();
+        assert_eq!(refusal.exit, Exit::Refused);
+        let because = refusal.because.unwrap();
+        assert!(because.contains(&old.to_string()) && because.contains(&new.to_string()));
+    }
+}

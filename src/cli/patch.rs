@@ -53,7 +53,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     parameters.insert("method".to_owned(), json!(found.record.method));
     parameters.insert("seed".to_owned(), json!(found.record.seed));
     parameters.extend(found.record.parameters.clone());
-    let origin = Origin {
+    let origin = || Origin {
         parameters,
         dependencies: dependencies(&found),
         byproducts: vec![byproduct(

@@ -123,8 +123,9 @@ pub struct FileDigest {
 
 /// Hashes every regular file under `root` but those within a name in `ignored`; the result is sorted by name.
 ///
-/// Files are hashed on rayon's threads, one file per thread, and the result does not depend on how many there are. `root` itself
-/// may be a symbolic link, as it is what the user named; nothing under it may. Ignored directories are not looked into.
+/// Files are hashed on rayon's threads, each read while it is hashed, and the result does not depend on how many there are.
+/// `root` itself may be a symbolic link, as it is what the user named; nothing under it may. Ignored directories are not looked
+/// into.
 ///
 /// A file that another process changes meanwhile has the digest of whatever was read.
 ///
@@ -134,13 +135,17 @@ pub fn hash_directory(root: &Path, ignored: &[FileName]) -> Result<Vec<FileDiges
     let mut names = Vec::new();
     list(root, None, ignored, &mut names)?;
     names.sort();
-    names
+    let files: Vec<Result<FileDigest, TreeError>> = names
         .into_par_iter()
+        // Any of them may take longer than all others together.
+        .with_max_len(1)
         .map(|name| {
             let digest = hash_file(&root.join(name.as_str()))?;
             Ok(FileDigest { name, digest })
         })
-        .collect()
+        .collect();
+    // Of several failures the first by name, whichever came first.
+    files.into_iter().collect()
 }
 
 /// The SHA-256 of the file at `path`.
