@@ -404,10 +404,15 @@ fn a_dry_run_of_an_adapter_counts_its_base_and_writes_nothing() {
                 .iter()
                 .any(|it| it["name"] == name)
         };
-        assert!(
-            reads("adapter_model.safetensors") && reads("model.safetensors"),
-            "{plan}"
-        );
+        for name in [
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+        ] {
+            assert!(reads(name), "{name}: {plan}");
+        }
         assert_eq!(plan["targets"], 24);
         assert_eq!(plan["target_elements"], 14_336);
         assert!(plan["operations"].as_f64().unwrap() > 1e8);

@@ -36,6 +36,8 @@ pub(super) struct Prepared<'c> {
     /// What computes, where the method needs it.
     computing: Option<Computing<'c>>,
     data: Vec<DataSource>,
+    /// Config and tokenizer, where it computes.
+    side_files: Vec<PathBuf>,
     /// Files that decided the result: weights first.
     inputs: Vec<Dependency>,
 }
@@ -76,6 +78,7 @@ pub(super) fn prepare<'c>(
             targets: targets_of(model, search.selection().as_ref())?,
             computing: None,
             data: Vec::new(),
+            side_files: Vec::new(),
             inputs: model.inputs(&[])?,
             model,
             search,
@@ -119,6 +122,7 @@ pub(super) fn prepare<'c>(
             shown(&source.name)
         ));
     }
+    let side_files = side_inputs(&config_path, &files);
     Ok(Prepared {
         targets: decoder
             .targets()
@@ -132,7 +136,8 @@ pub(super) fn prepare<'c>(
             memory,
         }),
         data: used.into_iter().map(|(_, source)| source).collect(),
-        inputs: model.inputs(&side_inputs(&config_path, &files))?,
+        inputs: model.inputs(&side_files)?,
+        side_files,
         model,
         search,
     })
@@ -145,6 +150,11 @@ impl Prepared<'_> {
             .iter()
             .map(|(_, shape)| shape.iter().product::<usize>())
             .sum()
+    }
+
+    /// Config and tokenizer, where it computes.
+    pub(super) fn side_files(&self) -> &[PathBuf] {
+        &self.side_files
     }
 
     /// Names and shapes of the targets, in the order of every list of tensors.

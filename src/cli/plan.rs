@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use panacea_formats::{Checkpoint, Layout, Perturbation, copied_bytes};
+use panacea_formats::{ADAPTER_CONFIG_FILE, Checkpoint, Layout, Perturbation, copied_bytes};
 use panacea_patch::manifest::{manifest_path, signature_path};
 use panacea_patch::model::{Decoder, EncodedRow};
 use panacea_patch::optimize::{Radius, Rows, Settings};
@@ -78,6 +78,7 @@ impl Plan {
         };
         plan.reads
             .extend(model.base().into_iter().flat_map(weights));
+        plan.add_adapter_config(model);
         plan.add_search(model, search, prepared);
         plan
     }
@@ -92,6 +93,9 @@ impl Plan {
         let plan = self;
         let elements = prepared.target_elements();
         plan.targets = Some((prepared.target_count(), elements));
+        for path in prepared.side_files() {
+            plan.add_read(path);
+        }
         let one = 4 * elements as u64;
         match prepared.computing() {
             None => plan.memory.push(("1 copy of the targets in f32", one)),
@@ -105,6 +109,22 @@ impl Plan {
                 format!("{} rows of {} ({})", source.rows, source.name, source.role),
                 0,
             ));
+        }
+    }
+
+    fn add_adapter_config(&mut self, model: &Model) {
+        if model.checkpoint.layout() == Layout::Adapter {
+            self.add_read(&model.checkpoint.path().join(ADAPTER_CONFIG_FILE));
+        }
+    }
+
+    /// A side file, unless it is in the plan already: copied ones may decide the result as well.
+    fn add_read(&mut self, path: &Path) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let length = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+        let read = (name.into_owned(), length);
+        if !self.reads.contains(&read) {
+            self.reads.push(read);
         }
     }
 
@@ -161,7 +181,7 @@ impl Plan {
             false => model.base(),
         };
         reads.extend(other.into_iter().flat_map(weights));
-        Ok(Self {
+        let mut plan = Self {
             output: target,
             reads,
             writes,
@@ -173,7 +193,9 @@ impl Plan {
             )],
             operations: 0.0,
             targets: None,
-        })
+        };
+        plan.add_adapter_config(model);
+        Ok(plan)
     }
 
     /// Prints it.
