@@ -128,6 +128,14 @@ impl Config {
         };
         let outer = text_part.map(|_| whole);
         if let Some(outer) = outer {
+            if let Some(found) = outer
+                .text("model_type")?
+                .filter(|outer| !SEVERAL_TOWERS.contains(outer))
+            {
+                return Err(ConfigError::SeveralTowers {
+                    found: found.to_owned(),
+                });
+            }
             refuse_quantized(outer)?;
         }
         let tied = match (
@@ -197,6 +205,15 @@ pub enum ConfigError {
         /// The family.
         found: String,
     },
+    /// A model with several towers whose text part may not be computed as it is alone.
+    #[error(
+        "model type `{found}` has several towers, and only of {} is the text part known to be computed as it is alone",
+        SEVERAL_TOWERS.join(", ")
+    )]
+    SeveralTowers {
+        /// The type of the whole.
+        found: String,
+    },
     /// A setting whose arithmetic is not implemented.
     #[error("`{setting}` is {found}, which this decoder cannot compute")]
     Unsupported {
@@ -222,6 +239,17 @@ pub enum ConfigError {
         String,
     ),
 }
+
+/// Models with several towers that give text alone to a decoder as it is. Others change its mask or its layers, as PaliGemma does.
+const SEVERAL_TOWERS: [&str; 7] = [
+    "gemma3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "vipllava",
+];
 
 fn resolve(
     family: &'static Family,
@@ -677,6 +705,19 @@ mod tests {
         );
         assert!(!published("Llama-3.1-8B").tie_word_embeddings);
         assert!(published("gemma-2b").tie_word_embeddings);
+    }
+
+    #[test]
+    fn other_towers_must_be_known() {
+        let text = |outer: &str| {
+            format!(
+                r#"{{"model_type": "{outer}", "text_config": {{"model_type": "llama", "vocab_size": 10, "hidden_size": 32,
+                    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}}}}"#
+            )
+        };
+        Config::parse(&text("llava")).expect("a config");
+        let error = Config::parse(&text("paligemma")).expect_err("another mask");
+        assert!(error.to_string().starts_with("model type `paligemma` has"));
     }
 
     #[test]

@@ -53,7 +53,7 @@ pub enum OptimizeError {
         set: Set,
     },
     /// A loss is NaN or infinite.
-    #[error("the loss of {set} rows {rows:?} at step {step} is {loss}")]
+    #[error("the loss of {set} rows {} at step {step} is {loss}", listed(rows))]
     Loss {
         /// Whose rows.
         set: Set,
@@ -65,7 +65,10 @@ pub enum OptimizeError {
         loss: f64,
     },
     /// A gradient is zero, NaN or infinite: it has no direction.
-    #[error("the gradient of {set} rows {rows:?} at step {step} has norm {norm}")]
+    #[error(
+        "the gradient of {set} rows {} at step {step} has norm {norm}",
+        listed(rows)
+    )]
     Gradient {
         /// Whose rows.
         set: Set,
@@ -100,6 +103,15 @@ pub enum OptimizeError {
     /// The observer asked to stop.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// The first rows by their places, and how many more.
+fn listed(rows: &[usize]) -> String {
+    const SHOWN: usize = 10;
+    match rows.len().saturating_sub(SHOWN) {
+        0 => format!("{rows:?}"),
+        more => format!("{:?} and {more} more", &rows[..SHOWN]),
+    }
 }
 
 /// Some rows of a set, by their places in it.
