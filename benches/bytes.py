@@ -10,7 +10,7 @@ that has them is given, and are said to be missing where it is not:
     --torch PYTHON            with `pip install torch transformers`, for `torch_apply.py` beside this file
 
 In the folder --scratch, emptied at the end, it makes a Llama of --gigabytes BF16 (finite pseudo-random values) as one file and again as
---shards shards, a perturbation (`optimize --method random`, which needs no model), and keys. Room needed: four times the checkpoint.
+--shards shards, a perturbation (`optimize --method random`, which needs no model), and keys. Room needed: six times the checkpoint.
 
 Contestants take turns, and who begins alternates. Before each, untimed, its source is read, so that it is in the page cache (the caches
 are never dropped: that needs root), what others left is removed, and the disk is waited for. Timed is the whole process, from start to exit;
@@ -18,7 +18,7 @@ are never dropped: that needs root), what others left is removed, and the disk i
 
 Memory is RssAnon of /proc/PID/status, sampled every 2 ms: the pages that a process holds for itself. The kernel's count of all resident
 pages, ru_maxrss, stands beside it, but is no measure of need for a program that maps its input: it includes pages of the page cache, which
-the kernel takes back whenever it wants. (A process that reads its input through a buffer has the same pages in the same cache, uncounted.)
+the kernel takes back whenever it wants; and it is never less than this script's own. (A process that reads its input through a buffer has the same pages in the same cache, uncounted.)
 
 Out: a table on stderr and one JSON object on stdout. A ratio is ours / theirs, of medians; `pairs` are the ratios run by run. Exit code 1 when
 a bar is missed.

@@ -5,7 +5,8 @@
 //! A value that is dropped before takes its sibling with it; only a killed process or a power cut leaves one behind, which can
 //! be deleted.
 //!
-//! Costs and limits: the disk holds old and new output at once, and `fsync` waits for it. The rename is atomic on Linux and macOS
+//! Costs and limits: the disk holds old and new output at once, and `fsync` waits for it. Files of weights go past the page cache
+//! where the file system lets them, so whoever reads them next reads them from the disk. The rename is atomic on Linux and macOS
 //! on a local file system. Where the file system knows neither "rename without replacing" nor "exchange", as some network ones,
 //! there is a moment in which another process can create the target unseen, or in which a replaced one is absent. Permissions
 //! come from the umask; those of a replaced target, its owner and its extended attributes are not carried over.
