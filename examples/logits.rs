@@ -8,10 +8,9 @@
 use std::error::Error;
 use std::path::Path;
 
-use panacea_formats::{Checkpoint, OutputFile, Overwrite};
+use panacea_formats::{Checkpoint, OutputFile, Overwrite, StoredFloats, write_tensors};
 use panacea_patch::model::{Config, Decoder, EncodedRow, Pack, TargetSelection};
 use serde::Deserialize;
-use serde_json::json;
 
 #[derive(Deserialize)]
 struct Rows {
@@ -46,18 +45,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let values = decoder.target_values()?;
     let logits = decoder.logits(&values, &Pack::of(&rows))?;
 
-    let header = json!({"logits": {
-        "dtype": "F32",
-        "shape": [logits.len() / vocabulary, vocabulary],
-        "data_offsets": [0, 4 * logits.len()],
-    }})
-    .to_string();
+    let name = "logits".to_owned();
+    let tensor = StoredFloats {
+        shape: vec![logits.len() / vocabulary, vocabulary],
+        values: &logits,
+    };
     let mut output = OutputFile::create(Path::new(out), Overwrite::Replace, &[])?;
-    output.write_all(&(header.len() as u64).to_le_bytes())?;
-    output.write_all(header.as_bytes())?;
-    for value in &logits {
-        output.write_all(&value.to_le_bytes())?;
-    }
+    let tensors = std::iter::once((&name, &tensor));
+    write_tensors(("format", "pt"), tensors, |bytes| output.write_all(bytes))?;
     // A file that it replaces and that cannot be deleted is only litter.
     let _ = output.commit()?;
     Ok(())

@@ -16,7 +16,8 @@ use std::path::Path;
 
 use panacea_formats::json::{JsonError, canonical, parse_strict};
 use panacea_formats::{
-    FormatError, OutputError, OutputFile, Overwrite, Problems, SafetensorsFile, Sha256, shown,
+    FormatError, OutputError, OutputFile, Overwrite, Problems, SafetensorsFile, Sha256,
+    StoredFloats, shown, write_tensors,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -75,15 +76,20 @@ pub fn save(path: &Path, identity: &Identity, state: &State<'_>) -> Result<(), R
     };
     let mut output = OutputFile::create(path, Overwrite::Replace, &[])?;
     let text = canonical(&serde_json::to_value(&record).map_err(JsonError::from)?);
-    output.write_all(&header(&text, state))?;
-    let mut bytes = Vec::with_capacity(4 * BLOCK);
-    for (_, tensors) in &state.tensors {
-        for block in tensors.iter().flat_map(|tensor| tensor.chunks(BLOCK)) {
-            bytes.clear();
-            bytes.extend(block.iter().flat_map(|value| value.to_le_bytes()));
-            output.write_all(&bytes)?;
-        }
-    }
+    let stored: Vec<(String, StoredFloats<'_>)> = state
+        .tensors
+        .iter()
+        .flat_map(|(name, tensors)| {
+            tensors.iter().enumerate().map(move |(target, values)| {
+                let shape = vec![values.len()];
+                (tensor_name(name, target), StoredFloats { shape, values })
+            })
+        })
+        .collect();
+    let tensors = stored.iter().map(|(name, tensor)| (name, tensor));
+    write_tensors((METADATA_KEY, &text), tensors, |bytes| {
+        output.write_all(bytes)
+    })?;
     // A state that could not be deleted after it was replaced is only litter.
     let _ = output.commit()?;
     Ok(())
@@ -246,33 +252,6 @@ fn tensor_name(name: &str, target: usize) -> String {
     format!("{name}.{target}")
 }
 
-/// The header with its length before it, padded to a multiple of 8 bytes.
-fn header(record: &str, state: &State<'_>) -> Vec<u8> {
-    let mut json = format!(
-        "{{\"__metadata__\":{{\"{METADATA_KEY}\":{}}}",
-        Value::from(record)
-    );
-    let mut begin = 0;
-    for (name, tensors) in &state.tensors {
-        for (target, tensor) in tensors.iter().enumerate() {
-            let end = begin + 4 * tensor.len();
-            json.push_str(&format!(
-                ",{}:{{\"dtype\":\"F32\",\"shape\":[{}],\"data_offsets\":[{begin},{end}]}}",
-                Value::from(tensor_name(name, target)),
-                tensor.len(),
-            ));
-            begin = end;
-        }
-    }
-    json.push('}');
-    while json.len() % 8 != 0 {
-        json.push(' ');
-    }
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.extend_from_slice(json.as_bytes());
-    header
-}
-
 /// A step with each fractional number as the text of its bits.
 fn to_bits(step: &StepRecord) -> Result<Value, JsonError> {
     let Value::Object(fields) = serde_json::to_value(step)? else {
@@ -318,9 +297,6 @@ const METADATA_KEY: &str = "panacea-state";
 
 /// Marks the text of a number's bits.
 const BITS: &str = "bits:";
-
-/// Values written at once.
-const BLOCK: usize = 1 << 18;
 
 #[cfg(test)]
 mod tests {

@@ -17,7 +17,7 @@ use panacea_formats::{
 use panacea_patch::apply::{
     Applied, ApplyError, ApplySettings, Merge, MergeError, Strength, Wanted, apply, merge,
 };
-use panacea_patch::model::{AdapterModule, Config, Decoder, Pack, TargetSelection};
+use panacea_patch::model::{AdapterModule, Config, Decoder, Pack, TargetSelection, TargetTensors};
 use panacea_patch::optimize::{
     Panacea, Part, Radius, Rows, Settings, Unobserved, gaussian, optimize,
 };
@@ -167,15 +167,20 @@ fn logits_losses_and_gradients_of_a_and_b_agree_with_pytorch() {
 
         gradient.scale(1.0 / loss.count as f32);
         assert_eq!(decoder.targets().len(), 2 * case.adapter().modules().len());
-        for (target, found) in decoder.targets().iter().zip(gradient.iter()) {
-            let wanted = expected.floats(&format!("grad.{}", target.name));
-            let error = relative_error(found, &wanted);
-            assert!(
-                error < TOLERANCE,
-                "{name}: {} is off by {error:e}",
-                target.name
-            );
-        }
+        judge_gradients(name, &decoder, &gradient, &expected);
+    }
+}
+
+/// Holds the gradient of each target against PyTorch's.
+fn judge_gradients(name: &str, decoder: &Decoder<'_>, gradient: &TargetTensors, expected: &Stored) {
+    for (target, found) in decoder.targets().iter().zip(gradient.iter()) {
+        let wanted = expected.floats(&format!("grad.{}", target.name));
+        let error = relative_error(found, &wanted);
+        assert!(
+            error < TOLERANCE,
+            "{name}: {} is off by {error:e}",
+            target.name
+        );
     }
 }
 
@@ -222,15 +227,7 @@ fn fewer_targets_give_the_same_gradients_for_those_that_remain() {
             .loss_and_gradient(&values, &Pack::of(&rows), &mut gradient)
             .unwrap();
         gradient.scale(1.0 / loss.count as f32);
-        for (target, found) in decoder.targets().iter().zip(gradient.iter()) {
-            let wanted = expected.floats(&format!("grad.{}", target.name));
-            let error = relative_error(found, &wanted);
-            assert!(
-                error < TOLERANCE,
-                "{name}: {} is off by {error:e}",
-                target.name
-            );
-        }
+        judge_gradients(name, &decoder, &gradient, &expected);
     }
 }
 

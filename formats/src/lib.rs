@@ -68,5 +68,8 @@ pub use perturbation::{
     Form, NotFinite, Perturbation, PerturbationError, PerturbationRecord, PerturbationWriteError,
     Space, TensorProblem, check_base, describe_base, write_adapter, write_perturbation,
 };
-pub use safetensors::{MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError, SafetensorsFile};
+pub use safetensors::{
+    MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError, SafetensorsFile, Stored, StoredFloats,
+    write_tensors,
+};
 pub use tensor::{TensorView, WidenError};

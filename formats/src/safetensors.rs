@@ -27,9 +27,8 @@ use crate::error::FormatError;
 use crate::tensor::TensorView;
 
 use header::Header;
-pub(crate) use writer::{Stored, write_tensors};
-
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError};
+pub use writer::{Stored, StoredFloats, write_tensors};
 
 /// A safetensors file, open and checked.
 ///

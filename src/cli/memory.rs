@@ -43,34 +43,31 @@ impl MemoryPlan {
         let plan = |activations, releases| {
             Self::of(decoder, rows, settings, weights, activations, releases)
         };
-        let ways = match recompute {
-            true => vec![
-                plan(Activations::Recompute, false),
-                plan(Activations::Recompute, true),
-            ],
-            false => vec![
-                plan(Activations::Keep, false),
-                plan(Activations::Keep, true),
-                plan(Activations::Recompute, true),
-            ],
+        let first = match recompute {
+            true => Activations::Recompute,
+            false => Activations::Keep,
         };
-        let least = ways.iter().map(Self::total).min().unwrap_or(0);
-        let mut ways = ways.into_iter();
-        let budget = given.map(|size| size.0).or_else(free_memory);
-        match budget {
-            None => ways.next(),
-            Some(budget) if least <= budget => ways.find(|way| way.total() <= budget),
-            Some(_) if given.is_none() => ways.min_by_key(Self::total),
-            Some(budget) => {
-                return Err(Failure::new(
-                    Exit::Environment,
-                    format!("{} of memory are not enough", bytes(budget)),
-                )
-                .because(format!("at least about {} are needed", bytes(least)))
-                .hint("pass more with --memory, or fewer targets with --targets"));
+        let mut way = plan(first, false);
+        let Some(budget) = given.map(|size| size.0).or_else(free_memory) else {
+            return Ok(way);
+        };
+        for activations in [first, Activations::Recompute] {
+            if way.total() > budget {
+                let smaller = plan(activations, true);
+                if smaller.total() < way.total() {
+                    way = smaller;
+                }
             }
         }
-        .ok_or_else(|| Failure::usage("there is nothing to plan"))
+        if way.total() > budget && given.is_some() {
+            return Err(Failure::new(
+                Exit::Environment,
+                format!("{} of memory are not enough", bytes(budget)),
+            )
+            .because(format!("at least about {} are needed", bytes(way.total())))
+            .hint("pass more with --memory, or fewer targets with --targets"));
+        }
+        Ok(way)
     }
 
     /// All parts together.

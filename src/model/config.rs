@@ -257,13 +257,8 @@ fn resolve(
     tie_word_embeddings: bool,
 ) -> Result<Config, ConfigError> {
     refuse_unknown(family, settings)?;
-    let needed = |setting| {
-        settings
-            .size(setting)?
-            .ok_or(ConfigError::Missing { setting })
-    };
-    let hidden_size = needed("hidden_size")?;
-    let num_attention_heads = needed("num_attention_heads")?;
+    let hidden_size = settings.needed_size("hidden_size")?;
+    let num_attention_heads = settings.needed_size("num_attention_heads")?;
     let head_dim = match settings.size("head_dim")? {
         Some(dim) => dim,
         None if hidden_size % num_attention_heads == 0 => hidden_size / num_attention_heads,
@@ -286,7 +281,7 @@ fn resolve(
             "`head_dim` {head_dim} is odd, and rotary embedding rotates pairs"
         )));
     }
-    let num_hidden_layers = needed("num_hidden_layers")?;
+    let num_hidden_layers = settings.needed_size("num_hidden_layers")?;
     for (size, most, what) in [
         (head_dim, MAX_HEAD_DIM, "elements of a head"),
         (num_hidden_layers, MAX_BLOCKS, "blocks"),
@@ -308,7 +303,7 @@ fn resolve(
     let blocks = blocks(family, settings, num_hidden_layers, experts)?;
     Ok(Config {
         model_type: family.model_type,
-        vocab_size: needed("vocab_size")?,
+        vocab_size: settings.needed_size("vocab_size")?,
         hidden_size,
         num_attention_heads,
         num_key_value_heads,
@@ -430,17 +425,12 @@ fn experts(family: &Family, settings: Settings<'_>) -> Result<Option<Experts>, C
     let Some(names) = family.experts else {
         return Ok(None);
     };
-    let needed = |setting| {
-        settings
-            .size(setting)?
-            .ok_or(ConfigError::Missing { setting })
-    };
     // Both names are in use for the same number.
     let count = match settings.size("num_experts")? {
         Some(count) => count,
-        None => needed("num_local_experts")?,
+        None => settings.needed_size("num_local_experts")?,
     };
-    let per_token = needed("num_experts_per_tok")?;
+    let per_token = settings.needed_size("num_experts_per_tok")?;
     if per_token > count {
         return Err(ConfigError::Sizes(format!(
             "`num_experts_per_tok` {per_token} is above the number of experts, {count}"
@@ -515,14 +505,9 @@ fn blocks(
     };
     let dense_only = settings.indices("mlp_only_layers")?;
     let sparse_step = size("decoder_sparse_step")?.unwrap_or(1);
-    let needed = |setting| {
-        settings
-            .size(setting)?
-            .ok_or(ConfigError::Missing { setting })
-    };
-    let dense_width = needed("intermediate_size")?;
+    let dense_width = settings.needed_size("intermediate_size")?;
     let expert_width = match experts {
-        Some(experts) => needed(experts.names.width)?,
+        Some(experts) => settings.needed_size(experts.names.width)?,
         None => dense_width,
     };
     (0..count)

@@ -99,6 +99,11 @@ impl<'a> Settings<'a> {
         Ok(given.or_else(default))
     }
 
+    /// As [`Self::size`], of a setting that must have a value.
+    pub(super) fn needed_size(self, setting: &'static str) -> Result<usize, ConfigError> {
+        self.size(setting)?.ok_or(ConfigError::Missing { setting })
+    }
+
     /// A list of whole numbers from 0 on.
     pub(super) fn indices(self, setting: &'static str) -> Result<Vec<usize>, ConfigError> {
         let list = self.list(setting, "a list of whole numbers", |value| {

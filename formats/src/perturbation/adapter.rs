@@ -64,7 +64,9 @@ pub fn write_adapter<'a>(
     let config = config(base, rank, &ranks, modules);
     let config = output.write_file(ADAPTER_CONFIG_FILE, config.as_bytes())?;
     let mut weights = output.create_file(ADAPTER_WEIGHTS_FILE)?;
-    write_tensors(("format", "pt"), &stored, |bytes| weights.write_all(bytes))?;
+    write_tensors(("format", "pt"), stored.iter(), |bytes| {
+        weights.write_all(bytes)
+    })?;
     Ok(vec![config, weights.finish()?])
 }
 

@@ -25,7 +25,7 @@ pub fn write_perturbation(
     deltas: &[DeltaTensor<'_>],
 ) -> Result<WrittenFile, PerturbationWriteError> {
     let tensors = matched(record, deltas).map_err(PerturbationWriteError::Tensors)?;
-    write_tensors((METADATA_KEY, &record.to_json()), &tensors, |bytes| {
+    write_tensors((METADATA_KEY, &record.to_json()), tensors.iter(), |bytes| {
         output.write_all(bytes)
     })?;
     Ok(output.finish()?)

@@ -1,6 +1,5 @@
 //! Writes a safetensors file of four-byte numbers: the same metadata and tensors give the same bytes.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use serde_json::{Value, json};
@@ -9,7 +8,7 @@ use crate::atomic::OutputError;
 use crate::dtype::Dtype;
 
 /// A tensor to be stored.
-pub(crate) trait Stored {
+pub trait Stored {
     /// Its element type, of four bytes.
     fn dtype(&self) -> Dtype;
     /// Its shape.
@@ -20,18 +19,46 @@ pub(crate) trait Stored {
     fn append_to(&self, range: Range<usize>, bytes: &mut Vec<u8>);
 }
 
-/// Hands the file to `write` piece by piece: one pair of metadata, and the tensors in the order of their names.
+/// Numbers in memory, as an `F32` tensor.
+#[derive(Clone, Debug)]
+pub struct StoredFloats<'a> {
+    /// As many elements as there are values.
+    pub shape: Vec<usize>,
+    /// Row-major.
+    pub values: &'a [f32],
+}
+
+impl Stored for StoredFloats<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn numbers(&self) -> usize {
+        self.values.len()
+    }
+
+    fn append_to(&self, range: Range<usize>, bytes: &mut Vec<u8>) {
+        let values = self.values[range].iter();
+        bytes.extend(values.flat_map(|value| value.to_le_bytes()));
+    }
+}
+
+/// Hands the file to `write` piece by piece: one pair of metadata, and the tensors in their order, each under a name of its own.
 ///
 /// # Errors
 /// Those of `write`.
-pub(crate) fn write_tensors(
+pub fn write_tensors<'t, T: Stored + 't>(
     metadata: (&str, &str),
-    tensors: &BTreeMap<String, impl Stored>,
+    tensors: impl Iterator<Item = (&'t String, &'t T)> + Clone,
     mut write: impl FnMut(&[u8]) -> Result<(), OutputError>,
 ) -> Result<(), OutputError> {
-    write(&header(metadata, tensors))?;
+    write(&header(metadata, tensors.clone()))?;
     let mut bytes = Vec::with_capacity(4 * BLOCK);
-    for tensor in tensors.values() {
+    for (_, tensor) in tensors {
         let numbers = tensor.numbers();
         for start in (0..numbers).step_by(BLOCK) {
             bytes.clear();
@@ -44,7 +71,10 @@ pub(crate) fn write_tensors(
 
 /// The header with its length before it: metadata first, then the tensors in order, then spaces up to a multiple of 8 bytes,
 /// which keeps the values aligned for readers that care.
-fn header((key, value): (&str, &str), tensors: &BTreeMap<String, impl Stored>) -> Vec<u8> {
+fn header<'t, T: Stored + 't>(
+    (key, value): (&str, &str),
+    tensors: impl Iterator<Item = (&'t String, &'t T)>,
+) -> Vec<u8> {
     let text = |text: &str| Value::from(text).to_string();
     let mut json = format!("{{\"__metadata__\":{{{}:{}}}", text(key), text(value));
     let mut begin = 0;
