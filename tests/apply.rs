@@ -757,7 +757,7 @@ fn stored(tensor: &Tensor) -> Vec<u8> {
         Dtype::F32 | Dtype::F16 | Dtype::BF16 => values
             .flat_map(|value| nearest(tensor.dtype, value))
             .collect(),
-        dtype => (0..elements * dtype.bits() / 8)
+        dtype => (0..dtype.bytes_of(elements).unwrap())
             .map(|i| u8::try_from(i % 251).unwrap())
             .collect(),
     };

@@ -31,11 +31,12 @@ pub trait Patch: Sync {
     /// Why a chunk cannot be patched.
     type Error: std::error::Error + Send + 'static;
 
-    /// Whether `tensor` is chosen. Only `F32`, `F16` and `BF16` tensors can be.
+    /// Whether `tensor` is chosen. Only those of a patchable element type can be.
     fn targets(&self, tensor: &TensorView<'_>) -> bool;
 
     /// Replaces `bytes`, which hold the stored elements `elements` of `tensor`, by the new ones. Called for every chunk of a
-    /// chosen tensor once, from any thread, in any order; chunks of a tensor start at multiples of [`CHUNK_BYTES`].
+    /// chosen tensor once, from any thread, in any order; chunks of a tensor are whole blocks of its element type, and all but
+    /// the last have as many of them as fit [`CHUNK_BYTES`].
     ///
     /// # Errors
     /// Ends the writing.
@@ -288,21 +289,21 @@ fn segments<'a, P: Patch>(
     for tensor in file.tensors() {
         let end = position + tensor.bytes.len();
         if patch.targets(&tensor) {
-            let width = tensor
-                .dtype
-                .patchable_width()
-                .ok_or_else(|| WriteError::NotPatchable {
+            if !tensor.dtype.is_patchable() {
+                return Err(WriteError::NotPatchable {
                     tensor: tensor.name.to_owned(),
                     dtype: tensor.dtype,
-                })?;
+                });
+            }
+            let block = tensor.dtype.block();
             segments.extend(
                 all[copied..position]
                     .chunks(CHUNK_BYTES)
                     .map(Segment::Copied),
             );
             let mut first = 0;
-            for stored in tensor.bytes.chunks(CHUNK_BYTES) {
-                let elements = first..first + stored.len() / width;
+            for stored in tensor.bytes.chunks(CHUNK_BYTES / block.bytes * block.bytes) {
+                let elements = first..first + stored.len() / block.bytes * block.elements;
                 first = elements.end;
                 segments.push(Segment::Patched {
                     tensor,

@@ -32,11 +32,13 @@
 //! Unix, because outputs are made with its renames. Big-endian machines read and write the same files.
 
 mod atomic;
+mod blocks;
 mod checkpoint;
 mod copy;
 mod digest;
 mod dtype;
 mod error;
+pub mod gguf;
 pub mod json;
 mod peft;
 mod perturbation;
@@ -47,6 +49,7 @@ pub use atomic::{
     Committed, HashedFile, OutputDir, OutputError, OutputErrorKind, OutputFile, Overwrite,
     WrittenFile,
 };
+pub use blocks::{dequantize, quantize};
 pub use checkpoint::{
     ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, Checkpoint, CheckpointError, INDEX_FILE,
     IndexProblem, Layout, LeftOut, MAX_DEPTH, MAX_INDEX_BYTES, Shard, SideFile, SideFiles,
@@ -57,7 +60,7 @@ pub use copy::{
     write_checkpoint,
 };
 pub use digest::{DigestParseError, Hasher, Sha256};
-pub use dtype::{Dtype, UnknownDtype};
+pub use dtype::{Block, Dtype, UnknownDtype};
 pub use error::{FormatError, FormatErrorKind, Problems, nearest, shown};
 pub use peft::{
     Adapter, AdapterBaseProblem, AdapterConfig, AdapterProblem, LoraModule,

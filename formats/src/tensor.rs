@@ -9,6 +9,7 @@ use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use thiserror::Error;
 
+use crate::blocks::dequantize;
 use crate::digest::Sha256;
 use crate::dtype::Dtype;
 
@@ -40,36 +41,52 @@ impl TensorView<'_> {
         Sha256::of(self.bytes)
     }
 
-    /// Widens the elements in `range` to `f32` into `out`, which is as long as `range`. Exact for every value; a NaN stays a NaN.
+    /// Reads the elements in `range` as `f32` into `out`, which is as long as `range`. Exact for every value of a float type, where
+    /// a NaN stays a NaN; of a quantized type, what llama.cpp dequantizes.
     ///
     /// # Errors
-    /// [`WidenError`] when the element type is not `F32`, `F16` or `BF16`, or when the lengths do not fit.
+    /// [`WidenError`] when the element type is not readable, or when the lengths do not fit.
     pub fn widen_into(&self, range: Range<usize>, out: &mut [f32]) -> Result<(), WidenError> {
-        let width = self
-            .dtype
-            .patchable_width()
-            .ok_or(WidenError::Dtype { dtype: self.dtype })?;
-        let misfit = WidenError::Range {
-            start: range.start,
-            end: range.end,
-            elements: self.bytes.len() / width,
-            room: out.len(),
-        };
-        if range.end.checked_sub(range.start) != Some(out.len()) {
-            return Err(misfit);
+        if !self.dtype.is_readable() {
+            return Err(WidenError::Dtype { dtype: self.dtype });
         }
-        let bytes = range
-            .start
-            .checked_mul(width)
-            .zip(range.end.checked_mul(width))
-            .and_then(|(start, end)| self.bytes.get(start..end))
-            .ok_or(misfit)?;
-        widen(self.dtype, bytes, out);
+        let block = self.dtype.block();
+        let elements = self.bytes.len() / block.bytes * block.elements;
+        if range.end.checked_sub(range.start) != Some(out.len()) || range.end > elements {
+            return Err(WidenError::Range {
+                start: range.start,
+                end: range.end,
+                elements,
+                room: out.len(),
+            });
+        }
+        // The whole blocks in the middle go straight to where they belong, what is cut off at both ends through a block aside.
+        let head = (range.start.next_multiple_of(block.elements) - range.start).min(out.len());
+        let (head, rest) = out.split_at_mut(head);
+        let (body, tail) = rest.split_at_mut(rest.len() - rest.len() % block.elements);
+        let bytes = &self.bytes[range.start / block.elements * block.bytes..];
+        let mut aside = [0.0; MAX_BLOCK];
+        let aside = &mut aside[..block.elements];
+        if !head.is_empty() {
+            let within = range.start % block.elements;
+            widen(self.dtype, &bytes[..block.bytes], aside);
+            head.copy_from_slice(&aside[within..within + head.len()]);
+        }
+        let bytes = &self.bytes[range.start.div_ceil(block.elements) * block.bytes..];
+        let (whole, bytes) = bytes.split_at(body.len() / block.elements * block.bytes);
+        widen(self.dtype, whole, body);
+        if !tail.is_empty() {
+            widen(self.dtype, &bytes[..block.bytes], aside);
+            tail.copy_from_slice(&aside[..tail.len()]);
+        }
         Ok(())
     }
 }
 
-/// Widens little-endian `bytes` of a patchable `dtype` to `out`. As many elements are written as both hold.
+/// Most elements in a block of a readable type.
+const MAX_BLOCK: usize = 256;
+
+/// Widens little-endian `bytes`, whole blocks of a readable `dtype`, to as many elements `out`.
 fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         Dtype::F32 => {
@@ -94,7 +111,7 @@ fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
                 block.reinterpret_cast::<f16>().convert_to_f32_slice(out);
             }
         }
-        _ => {}
+        quantized => dequantize(quantized, bytes, out),
     }
 }
 
@@ -105,8 +122,8 @@ const BLOCK: usize = 512;
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WidenError {
-    /// An element type without an exact `f32` value for each element.
-    #[error("{dtype} elements cannot be read as numbers to patch; F32, F16 and BF16 can")]
+    /// An element type that is not read as numbers.
+    #[error("{dtype} elements cannot be read as numbers")]
     Dtype {
         /// The element type.
         dtype: Dtype,

@@ -27,9 +27,8 @@ proptest! {
         let mut stored = Vec::new();
         for (i, (name, (dtype, shape))) in tensors.iter().enumerate() {
             let dtype = Dtype::ALL[*dtype];
-            let bits = shape.iter().product::<usize>() * dtype.bits();
-            if bits.is_multiple_of(8) {
-                let bytes: Vec<u8> = (0..bits / 8).map(|byte| u8::try_from((byte * 31 + i) % 251).unwrap()).collect();
+            if let Some(size) = dtype.bytes_of(shape.iter().product()) {
+                let bytes: Vec<u8> = (0..size).map(|byte| u8::try_from((byte * 31 + i) % 251).unwrap()).collect();
                 stored.push((name.clone(), dtype, shape.clone(), bytes));
             }
         }

@@ -309,7 +309,10 @@ fn replace(
 
 fn width_of(tensor: &TensorView<'_>) -> Result<usize, WidenError> {
     let dtype = tensor.dtype;
-    dtype.patchable_width().ok_or(WidenError::Dtype { dtype })
+    match dtype.is_float() {
+        true => Ok(dtype.block().bytes),
+        false => Err(WidenError::Dtype { dtype }),
+    }
 }
 
 /// The nearest value that `dtype` holds, ties to even.

@@ -14,8 +14,8 @@ fuzz_target!(|bytes: &[u8]| {
     let mut end = file.header_bytes().len();
     for tensor in file.tensors() {
         assert_eq!(
-            tensor.elements() * tensor.dtype.bits(),
-            tensor.bytes.len() * 8
+            tensor.dtype.bytes_of(tensor.elements()),
+            Some(tensor.bytes.len())
         );
         assert_eq!(
             file.tensor(tensor.name).map(|found| found.bytes),

@@ -38,7 +38,7 @@ pub(super) struct Header {
 pub(super) struct Entry {
     pub(super) name: String,
     pub(super) dtype: Dtype,
-    /// The product of the dimensions does not overflow, nor does its size in bits.
+    /// The product of the dimensions does not overflow, nor does its size in bytes.
     pub(super) shape: Vec<usize>,
     /// Offsets from `data_start`; `begin <= end`.
     pub(super) begin: usize,
@@ -239,7 +239,7 @@ impl RawEntry {
         let [claimed_begin, claimed_end] =
             self.data_offsets.ok_or_else(|| missing(DATA_OFFSETS))?;
 
-        let dtype: Dtype = match dtype.parse() {
+        let dtype = match Dtype::in_safetensors(&dtype) {
             Ok(dtype) => dtype,
             Err(source) => return Err(SafetensorsError::UnknownDtype { tensor, source }),
         };
@@ -249,20 +249,20 @@ impl RawEntry {
                 found: shape.count,
             });
         }
-        let Some((dimensions, bits)) = sized(&shape.dimensions, dtype) else {
+        let Some((dimensions, elements)) = sized(&shape.dimensions, dtype) else {
             return Err(SafetensorsError::ShapeOverflow {
                 tensor,
                 dtype,
                 shape: shape.dimensions,
             });
         };
-        if bits % 8 != 0 {
+        let Some(needed) = dtype.bytes_of(elements) else {
             return Err(SafetensorsError::TornByte {
                 tensor,
                 dtype,
-                bits,
+                elements,
             });
-        }
+        };
         let offsets = usize::try_from(claimed_begin)
             .ok()
             .zip(usize::try_from(claimed_end).ok())
@@ -274,12 +274,12 @@ impl RawEntry {
                 end: claimed_end,
             });
         };
-        if given != bits / 8 {
+        if given != needed {
             return Err(SafetensorsError::SizeMismatch {
                 tensor,
                 dtype,
                 shape: dimensions,
-                needed: bits / 8,
+                needed,
                 given,
             });
         }
@@ -293,20 +293,18 @@ impl RawEntry {
     }
 }
 
-/// The dimensions as `usize`, and the size of the tensor in bits, unless a number does not fit. A dimension of 0 does not hide
-/// an overflow of the others: they are multiplied in their order.
+/// The dimensions as `usize`, and the number of elements, unless a number does not fit, that of the bytes included. A dimension of
+/// 0 does not hide an overflow of the others: they are multiplied in their order.
 fn sized(dimensions: &[u64], dtype: Dtype) -> Option<(Vec<usize>, usize)> {
     let dimensions = dimensions
         .iter()
         .map(|&dimension| usize::try_from(dimension).ok())
         .collect::<Option<Vec<_>>>()?;
-    let bits = dimensions
-        .iter()
-        .try_fold(1_usize, |product, &dimension| {
-            product.checked_mul(dimension)
-        })?
-        .checked_mul(dtype.bits())?;
-    Some((dimensions, bits))
+    let elements = dimensions.iter().try_fold(1_usize, |product, &dimension| {
+        product.checked_mul(dimension)
+    })?;
+    elements.checked_mul(dtype.block().bytes)?;
+    Some((dimensions, elements))
 }
 
 const DTYPE: &str = "dtype";
@@ -627,7 +625,7 @@ pub enum SafetensorsError {
     },
     /// Packed elements that end within a byte.
     #[error(
-        "tensor `{}` of {dtype} takes {bits} bits, which is no whole number of bytes",
+        "tensor `{}` has {elements} elements of {dtype}, which take no whole number of bytes",
         shown(tensor)
     )]
     TornByte {
@@ -635,8 +633,8 @@ pub enum SafetensorsError {
         tensor: String,
         /// Its element type.
         dtype: Dtype,
-        /// Its size.
-        bits: usize,
+        /// How many it claims.
+        elements: usize,
     },
     /// An element type that the format does not have.
     #[error("the element type of tensor `{}` is unknown", shown(tensor))]

@@ -1,0 +1,155 @@
+//! Metadata of a GGUF file: keys with typed values, in order.
+
+/// A value with the type that its file gives it. Integers of different widths are different values.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Type 0.
+    U8(u8),
+    /// Type 1.
+    I8(i8),
+    /// Type 2.
+    U16(u16),
+    /// Type 3.
+    I16(i16),
+    /// Type 4.
+    U32(u32),
+    /// Type 5.
+    I32(i32),
+    /// Type 6.
+    F32(f32),
+    /// Type 7.
+    Bool(bool),
+    /// Type 8.
+    Text(String),
+    /// Type 9.
+    Array(Array),
+    /// Type 10.
+    U64(u64),
+    /// Type 11.
+    I64(i64),
+    /// Type 12.
+    F64(f64),
+}
+
+/// Values of one type in a row.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Array {
+    /// Type 0.
+    U8(Vec<u8>),
+    /// Type 1.
+    I8(Vec<i8>),
+    /// Type 2.
+    U16(Vec<u16>),
+    /// Type 3.
+    I16(Vec<i16>),
+    /// Type 4.
+    U32(Vec<u32>),
+    /// Type 5.
+    I32(Vec<i32>),
+    /// Type 6.
+    F32(Vec<f32>),
+    /// Type 7.
+    Bool(Vec<bool>),
+    /// Type 8.
+    Text(Vec<String>),
+    /// Type 9.
+    Array(Vec<Array>),
+    /// Type 10.
+    U64(Vec<u64>),
+    /// Type 11.
+    I64(Vec<i64>),
+    /// Type 12.
+    F64(Vec<f64>),
+}
+
+/// Keys and values in the order of the file; no key is there twice.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Metadata(Vec<(String, Value)>);
+
+impl Metadata {
+    /// Keys and values in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> {
+        self.0.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
+    /// The value of `key`.
+    pub fn value(&self, key: &str) -> Option<&Value> {
+        self.iter()
+            .find(|(it, _)| *it == key)
+            .map(|(_, value)| value)
+    }
+
+    /// Gives `key` another value in its place, or adds it at the end.
+    pub fn set(&mut self, key: impl Into<String>, value: Value) {
+        let key = key.into();
+        match self.0.iter_mut().find(|(it, _)| *it == key) {
+            Some((_, old)) => *old = value,
+            None => self.0.push((key, value)),
+        }
+    }
+
+    /// Takes `key` out, if it is there.
+    pub fn remove(&mut self, key: &str) {
+        self.0.retain(|(it, _)| it != key);
+    }
+}
+
+impl Value {
+    /// A text.
+    pub fn as_text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// A truth value.
+    pub fn as_bool(&self) -> Option<bool> {
+        match self {
+            Self::Bool(it) => Some(*it),
+            _ => None,
+        }
+    }
+
+    /// A whole number of any width that is not negative.
+    pub fn as_u64(&self) -> Option<u64> {
+        match *self {
+            Self::U8(it) => Some(it.into()),
+            Self::U16(it) => Some(it.into()),
+            Self::U32(it) => Some(it.into()),
+            Self::U64(it) => Some(it),
+            Self::I8(it) => it.try_into().ok(),
+            Self::I16(it) => it.try_into().ok(),
+            Self::I32(it) => it.try_into().ok(),
+            Self::I64(it) => it.try_into().ok(),
+            _ => None,
+        }
+    }
+
+    /// A float of either width.
+    pub fn as_f64(&self) -> Option<f64> {
+        match *self {
+            Self::F32(it) => Some(it.into()),
+            Self::F64(it) => Some(it),
+            _ => None,
+        }
+    }
+
+    /// An array.
+    pub fn as_array(&self) -> Option<&Array> {
+        match self {
+            Self::Array(array) => Some(array),
+            _ => None,
+        }
+    }
+}
+
+impl Array {
+    /// An array of texts.
+    pub fn as_texts(&self) -> Option<&[String]> {
+        match self {
+            Self::Text(texts) => Some(texts),
+            _ => None,
+        }
+    }
+}
