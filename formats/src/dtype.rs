@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn numbers_of_gguf_lead_back_to_their_types_and_a_removed_one_to_none() {
         let of_gguf = Dtype::ALL.iter().filter_map(|dtype| dtype.gguf_type());
-        assert_eq!(of_gguf.clone().count(), 34);
+        assert_eq!(of_gguf.clone().count(), 35);
         for number in of_gguf {
             let dtype = Dtype::of_gguf_type(number);
             assert_eq!(dtype.and_then(Dtype::gguf_type), Some(number));
