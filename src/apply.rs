@@ -11,6 +11,7 @@
 //! Bytes and numbers are functions of the inputs alone: chunks have a fixed size, sums run in a fixed order, and randomness
 //! is counted by element, so neither threads nor the division into shards matter.
 
+mod blocks;
 mod merge;
 mod rounding;
 mod sums;
@@ -41,6 +42,8 @@ pub struct ApplySettings {
     pub strength: Strength,
     /// How sums are rounded to the stored type.
     pub rounding: Rounding,
+    /// What patched tensors of a GGUF file are stored in, where their own type has fewer bits for an element.
+    pub patched_type: Option<Dtype>,
 }
 
 /// The factor on a perturbation: finite and not negative, because a negative one would undo safety rather than restore it.
@@ -250,6 +253,15 @@ pub struct Change {
 }
 
 impl Change {
+    /// How much of the wanted change was made: the length of the realized one along it, as a share of its own; 1 when nothing was wanted.
+    pub fn realized_share(&self) -> f64 {
+        match self.cosine {
+            Some(cosine) => cosine * self.realized_norm / self.wanted_norm,
+            None if self.wanted_norm == 0.0 => 1.0,
+            None => 0.0,
+        }
+    }
+
     /// The share of elements whose stored value changed, from 0 to 1.
     #[expect(clippy::cast_precision_loss, reason = "a share needs no 53 bits")]
     pub fn moved_share(&self) -> f64 {
@@ -343,6 +355,10 @@ impl Patch for Addition<'_> {
         self.deltas.contains_key(tensor.name)
     }
 
+    fn dtype(&self, tensor: &TensorView<'_>) -> Dtype {
+        blocks::patched_type(tensor.dtype, self.settings.patched_type)
+    }
+
     fn patch(
         &self,
         tensor: &TensorView<'_>,
@@ -350,6 +366,10 @@ impl Patch for Addition<'_> {
         bytes: &mut [u8],
     ) -> Result<Sums, AdditionError> {
         let delta = self.deltas.get(tensor.name).ok_or(AdditionError::NoDelta)?;
+        let dtype = self.dtype(tensor);
+        if dtype != tensor.dtype || !dtype.is_float() {
+            return self.add_in_blocks(delta, tensor, elements, dtype, bytes);
+        }
         let mut dice = self.settings.rounding.dice(tensor.name, elements.start);
         match tensor.dtype {
             Dtype::F32 => self.add(delta, tensor, elements, bytes, &mut dice, f32::to_le_bytes),
@@ -409,23 +429,35 @@ impl Addition<'_> {
                 }
             }
             widen(tensor, slots.as_flattened(), stored)?;
-            let overflows =
-                |(weight, stored): (&f32, &f32)| weight.is_finite() & !stored.is_finite();
-            let pairs = || weights.iter().zip(&*stored);
-            if pairs().fold(false, |any, pair| any | overflows(pair))
-                && let Some(i) = pairs().position(overflows)
-            {
-                return Err(AdditionError::Overflow {
-                    element: start + i,
-                    dtype: tensor.dtype,
-                    weight: weights[i],
-                    step: steps[i],
-                });
-            }
+            refuse_overflow(start, tensor.dtype, weights, steps, stored)?;
             sums.measure(weights, steps, stored);
         }
         Ok(sums)
     }
+}
+
+/// Refuses elements from `start` on of which one was finite, and is not any more as it is stored.
+fn refuse_overflow(
+    start: usize,
+    dtype: Dtype,
+    weights: &[f32],
+    steps: &[f32],
+    stored: &[f32],
+) -> Result<(), AdditionError> {
+    let overflows = |(weight, stored): (&f32, &f32)| weight.is_finite() & !stored.is_finite();
+    let pairs = || weights.iter().zip(stored);
+    // Without a way out of the loop, which is taken hardly ever and would keep it from vectorizing.
+    if pairs().fold(false, |any, pair| any | overflows(pair))
+        && let Some(i) = pairs().position(overflows)
+    {
+        return Err(AdditionError::Overflow {
+            element: start + i,
+            dtype,
+            weight: weights[i],
+            step: steps[i],
+        });
+    }
+    Ok(())
 }
 
 /// Whether an element becomes another one, and not merely the same value with other bits.

@@ -34,9 +34,14 @@ pub trait Patch: Sync {
     /// Whether `tensor` is chosen. Only those of a patchable element type can be.
     fn targets(&self, tensor: &TensorView<'_>) -> bool;
 
-    /// Replaces `bytes`, which hold the stored elements `elements` of `tensor`, by the new ones. Called for every chunk of a
-    /// chosen tensor once, from any thread, in any order; chunks of a tensor are whole blocks of its element type, and all but
-    /// the last have as many of them as fit [`CHUNK_BYTES`].
+    /// The element type that a chosen tensor gets: its own, unless a GGUF file is to have another.
+    fn dtype(&self, tensor: &TensorView<'_>) -> Dtype {
+        tensor.dtype
+    }
+
+    /// Replaces `bytes`, which hold the stored elements `elements` of `tensor`, by the new ones. Where these are of another type,
+    /// `bytes` is as long as they are, and holds anything. Called for every chunk of a chosen tensor once, from any thread, in any
+    /// order; chunks of a tensor start at multiples of 256 elements, and those of a float type at multiples of [`CHUNK_BYTES`].
     ///
     /// # Errors
     /// Ends the writing.
@@ -184,22 +189,40 @@ impl<P: Patch> Source<'_, P> {
     }
 }
 
-/// A range of one file.
-enum Segment<'a> {
-    /// Goes over as it is.
-    Copied(&'a [u8]),
-    /// A chunk of a chosen tensor.
+/// A range of one file, and what becomes of it.
+struct Segment<'a> {
+    stored: &'a [u8],
+    becomes: Becomes<'a>,
+}
+
+enum Becomes<'a> {
+    /// Itself.
+    Copied,
+    /// A chunk of a chosen tensor, of another length where its element type is another.
     Patched {
         tensor: TensorView<'a>,
         elements: Range<usize>,
-        stored: &'a [u8],
+        length: usize,
     },
+    /// Something else that is known already: what stands around tensors whose lengths change.
+    Replaced(Vec<u8>),
 }
 
-impl Segment<'_> {
-    fn stored(&self) -> &[u8] {
-        match self {
-            Self::Copied(stored) | Self::Patched { stored, .. } => stored,
+impl<'a> Segment<'a> {
+    /// `bytes` as they are, in pieces.
+    fn copied(bytes: &'a [u8]) -> impl Iterator<Item = Self> {
+        bytes.chunks(CHUNK_BYTES).map(|stored| Self {
+            stored,
+            becomes: Becomes::Copied,
+        })
+    }
+
+    /// The length of what becomes of it.
+    fn length(&self) -> usize {
+        match &self.becomes {
+            Becomes::Copied => self.stored.len(),
+            Becomes::Patched { length, .. } => *length,
+            Becomes::Replaced(bytes) => bytes.len(),
         }
     }
 }
@@ -262,7 +285,7 @@ fn write_shard<'a, P: Patch>(
                 Err(error) => return Err(output.settle().err().map_or(error, Into::into)),
                 Ok(report) => report,
             };
-            if let Segment::Patched { tensor, .. } = segment
+            if let Becomes::Patched { tensor, .. } = &segment.becomes
                 && let Some(report) = report
             {
                 reports.push((tensor.name, report));
@@ -289,34 +312,48 @@ fn segments<'a, P: Patch>(
     for tensor in file.tensors() {
         let end = position + tensor.bytes.len();
         if patch.targets(&tensor) {
-            if !tensor.dtype.is_patchable() {
-                return Err(WriteError::NotPatchable {
-                    tensor: tensor.name.to_owned(),
-                    dtype: tensor.dtype,
-                });
-            }
-            let block = tensor.dtype.block();
-            segments.extend(
-                all[copied..position]
-                    .chunks(CHUNK_BYTES)
-                    .map(Segment::Copied),
-            );
-            let mut first = 0;
-            for stored in tensor.bytes.chunks(CHUNK_BYTES / block.bytes * block.bytes) {
-                let elements = first..first + stored.len() / block.bytes * block.elements;
-                first = elements.end;
-                segments.push(Segment::Patched {
-                    tensor,
-                    elements,
-                    stored,
-                });
-            }
+            segments.extend(Segment::copied(&all[copied..position]));
+            segments.extend(patched(tensor, patch)?);
             copied = end;
         }
         position = end;
     }
-    segments.extend(all[copied..].chunks(CHUNK_BYTES).map(Segment::Copied));
+    segments.extend(Segment::copied(&all[copied..]));
     Ok(segments)
+}
+
+/// The chunks of a chosen tensor.
+fn patched<'a, P: Patch>(
+    tensor: TensorView<'a>,
+    patch: &P,
+) -> Result<impl Iterator<Item = Segment<'a>>, WriteError<P::Error>> {
+    let dtype = patch.dtype(&tensor);
+    for dtype in [tensor.dtype, dtype] {
+        if !dtype.is_patchable() {
+            return Err(WriteError::NotPatchable {
+                tensor: tensor.name.to_owned(),
+                dtype,
+            });
+        }
+    }
+    let [stored, becomes] =
+        [tensor.dtype, dtype].map(|dtype| dtype.bytes_of(CHUNK_ALIGNMENT).unwrap_or(1));
+    let chunk = CHUNK_BYTES / stored.max(becomes) * stored;
+    let becomes = dtype.block();
+    let mut first = 0;
+    Ok(tensor.bytes.chunks(chunk).map(move |stored| {
+        let block = tensor.dtype.block();
+        let elements = first..first + stored.len() / block.bytes * block.elements;
+        first = elements.end;
+        Segment {
+            stored,
+            becomes: Becomes::Patched {
+                length: elements.len() / becomes.elements * becomes.bytes,
+                tensor,
+                elements,
+            },
+        }
+    }))
 }
 
 /// Neighboring segments that are patched, hashed and written together.
@@ -333,7 +370,7 @@ fn windows<'a, 's>(segments: &'s [Segment<'a>]) -> Vec<Window<'a, 's>> {
     while !rest.is_empty() {
         let (mut count, mut bytes) = (0, 0);
         for segment in rest {
-            let longer = bytes + segment.stored().len();
+            let longer = bytes + segment.length();
             if count > 0 && longer > WINDOW_BYTES {
                 break;
             }
@@ -352,14 +389,14 @@ type FilledSegment<P> = Result<Option<<P as Patch>::Report>, WriteError<<P as Pa
 impl Window<'_, '_> {
     fn is_patched(&self) -> bool {
         let mut segments = self.segments.iter();
-        segments.any(|segment| matches!(segment, Segment::Patched { .. }))
+        segments.any(|segment| !matches!(segment.becomes, Becomes::Copied))
     }
 
     /// Hashes what the window was before it was patched, where that is not what the copy's own digest is of.
     fn hash(&self, source: Option<&mut Hasher>) {
         if let Some(hasher) = source {
             for segment in self.segments {
-                hasher.update(segment.stored());
+                hasher.update(segment.stored);
             }
         }
     }
@@ -374,7 +411,7 @@ impl Window<'_, '_> {
         let mut rest = block.bytes_mut();
         let mut slots = Vec::with_capacity(self.segments.len());
         for segment in self.segments {
-            let (slot, later) = rest.split_at_mut(segment.stored().len());
+            let (slot, later) = rest.split_at_mut(segment.length());
             slots.push((segment, slot));
             rest = later;
         }
@@ -382,10 +419,16 @@ impl Window<'_, '_> {
             .into_par_iter()
             .with_max_len(1)
             .map(|(segment, slot)| {
-                slot.copy_from_slice(segment.stored());
-                let Segment::Patched {
+                let known = match &segment.becomes {
+                    Becomes::Replaced(bytes) => bytes,
+                    _ => segment.stored,
+                };
+                if known.len() == slot.len() {
+                    slot.copy_from_slice(known);
+                }
+                let Becomes::Patched {
                     tensor, elements, ..
-                } = segment
+                } = &segment.becomes
                 else {
                     return Ok(None);
                 };
@@ -431,6 +474,9 @@ fn copy_side_file<E: std::error::Error + 'static>(
 
 /// Bytes patched at once: a multiple of every element's width, and small enough that a window stays in a large cache.
 pub const CHUNK_BYTES: usize = 4 << 20;
+
+/// Elements in whole blocks of every element type: chunks of quantized tensors are multiples of so many.
+const CHUNK_ALIGNMENT: usize = 256;
 
 /// Bytes patched, hashed or written at once, each while the other two happen to neighbors: so many that threads seldom wait for
 /// each other.

@@ -75,4 +75,4 @@ pub use safetensors::{
     MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError, SafetensorsFile, Stored, StoredFloats,
     write_tensors,
 };
-pub use tensor::{TensorView, WidenError};
+pub use tensor::{TensorView, WidenError, narrow};

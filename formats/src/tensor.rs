@@ -5,11 +5,11 @@
 
 use std::ops::Range;
 
-use half::f16;
+use half::{bf16, f16};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use thiserror::Error;
 
-use crate::blocks::dequantize;
+use crate::blocks::{dequantize, quantize};
 use crate::digest::Sha256;
 use crate::dtype::Dtype;
 
@@ -115,6 +115,34 @@ fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
+/// Stores `values` as whole blocks of a patchable `dtype` in as many bytes `out`: as the nearest values of a float type, ties to even,
+/// or as [`quantize`] does. Does nothing for other types.
+pub fn narrow(dtype: Dtype, values: &[f32], out: &mut [u8]) {
+    match dtype {
+        Dtype::F32 => {
+            for (bytes, value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+                *bytes = value.to_le_bytes();
+            }
+        }
+        Dtype::BF16 => {
+            for (bytes, &value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+                *bytes = bf16::from_f32(value).to_le_bytes();
+            }
+        }
+        Dtype::F16 => {
+            let mut block = [f16::ZERO; BLOCK];
+            for (out, values) in out.chunks_mut(2 * BLOCK).zip(values.chunks(BLOCK)) {
+                let block = &mut block[..values.len()];
+                block.convert_from_f32_slice(values);
+                for (bytes, half) in out.as_chunks_mut().0.iter_mut().zip(&*block) {
+                    *bytes = half.to_le_bytes();
+                }
+            }
+        }
+        quantized => quantize(quantized, values, out),
+    }
+}
+
 /// Halves converted at once: on the stack, and long enough that the detection of the instruction costs nothing.
 const BLOCK: usize = 512;
 
@@ -214,6 +242,27 @@ mod tests {
             .widen_into(511..514, &mut out)
             .unwrap();
         assert_eq!(out, [511.0, 512.0, 513.0]);
+    }
+
+    #[test]
+    fn narrowing_a_widened_half_gives_its_bytes_again() {
+        for dtype in [Dtype::F16, Dtype::BF16] {
+            let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+            let shape = [65_536];
+            let mut wide = vec![0.0; 65_536];
+            view(dtype, &shape, &bytes)
+                .widen_into(0..65_536, &mut wide)
+                .unwrap();
+            let mut again = vec![0; bytes.len()];
+            narrow(dtype, &wide, &mut again);
+            let halves = bytes.chunks(2).zip(again.chunks(2)).zip(&wide);
+            for ((stored, again), value) in halves.filter(|(_, value)| !value.is_nan()) {
+                assert_eq!(stored, again, "{dtype} {value}");
+            }
+        }
+        let mut bytes = [0; 4];
+        narrow(Dtype::BF16, &[1.0 + 1.0 / 256.0, -1.0 - 3.0 / 256.0], &mut bytes);
+        assert_eq!(bytes, [0x80, 0x3F, 0x82, 0xBF], "ties to even");
     }
 
     #[test]

@@ -304,6 +304,7 @@ pub(super) fn refuse_search_flags(args: &PatchArgs) -> Result<(), Failure> {
 /// How the perturbation is to be added. `seed` is that of stochastic rounding.
 pub(super) fn addition(args: &AdditionArgs, seed: u64) -> ApplySettings {
     ApplySettings {
+        patched_type: None,
         strength: args.strength.unwrap_or_default(),
         rounding: match args.rounding {
             Some(RoundingName::Stochastic) => Rounding::Stochastic { seed },

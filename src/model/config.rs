@@ -12,7 +12,7 @@ use super::family::{
 };
 use super::frequencies::Frequencies;
 use super::kernels::attention::Scores;
-use super::kernels::rope::Heads;
+use super::kernels::rope::{Heads, Pairs};
 use super::settings::{Settings, narrowed};
 
 /// A decoder's shape and constants.
@@ -65,6 +65,8 @@ pub struct Config {
     pub(crate) logits: Logits,
     /// The experts of those blocks that have some.
     pub(crate) experts: Option<Experts>,
+    /// Which dimensions of a query or key head turn together.
+    pub(crate) pairs: Pairs,
 }
 
 /// What is particular to one block.
@@ -156,6 +158,20 @@ impl Config {
         resolve(family, settings.with_defaults(family.defaults), tied)
     }
 
+    /// The same model over tensors as GGUF stores them: the weights of norms are what is multiplied with, a family's offset
+    /// included, and where `reordered`, the rows of query and key projections stand so that neighbors turn together.
+    #[must_use]
+    pub fn over_gguf(self, reordered: bool) -> Self {
+        Self {
+            norm_offset: 0.0,
+            pairs: match reordered {
+                true => Pairs::Neighbors,
+                false => Pairs::Halves,
+            },
+            ..self
+        }
+    }
+
     /// Number of blocks.
     pub fn num_hidden_layers(&self) -> usize {
         self.blocks.len()
@@ -172,6 +188,7 @@ impl Config {
             query: self.num_attention_heads,
             key_value: self.num_key_value_heads,
             dim: self.head_dim,
+            pairs: self.pairs,
         }
     }
 }
@@ -340,6 +357,7 @@ fn resolve(
             softcap: settings.positive("final_logit_softcapping")?.map(narrowed),
         },
         experts,
+        pairs: Pairs::Halves,
     })
 }
 

@@ -138,7 +138,7 @@ pub enum WeightsError {
         wanted: Vec<usize>,
     },
     /// A tensor has a dtype that cannot be computed with.
-    #[error("tensor `{name}` is {found}, and only F32, F16 and BF16 can be computed with")]
+    #[error("tensor `{name}` is {found}, which cannot be read as numbers")]
     Dtype {
         /// Its name.
         name: String,
@@ -626,7 +626,7 @@ fn check(view: &TensorView<'_>, shape: &[usize]) -> Result<(), WeightsError> {
             wanted: shape.to_vec(),
         });
     }
-    if !view.dtype.is_patchable() {
+    if !view.dtype.is_readable() {
         return Err(WeightsError::Dtype {
             name: name(),
             found: view.dtype,

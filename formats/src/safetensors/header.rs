@@ -38,7 +38,7 @@ pub(super) struct Header {
 pub(super) struct Entry {
     pub(super) name: String,
     pub(super) dtype: Dtype,
-    /// The product of the dimensions does not overflow, nor does its size in bytes.
+    /// The product of the dimensions does not overflow, nor does its size in bits.
     pub(super) shape: Vec<usize>,
     /// Offsets from `data_start`; `begin <= end`.
     pub(super) begin: usize,
@@ -293,7 +293,7 @@ impl RawEntry {
     }
 }
 
-/// The dimensions as `usize`, and the number of elements, unless a number does not fit, that of the bytes included. A dimension of
+/// The dimensions as `usize`, and the number of elements, unless a number does not fit, that of the bits included. A dimension of
 /// 0 does not hide an overflow of the others: they are multiplied in their order.
 fn sized(dimensions: &[u64], dtype: Dtype) -> Option<(Vec<usize>, usize)> {
     let dimensions = dimensions
@@ -303,7 +303,8 @@ fn sized(dimensions: &[u64], dtype: Dtype) -> Option<(Vec<usize>, usize)> {
     let elements = dimensions.iter().try_fold(1_usize, |product, &dimension| {
         product.checked_mul(dimension)
     })?;
-    elements.checked_mul(dtype.block().bytes)?;
+    // The `safetensors` crate counts bits.
+    elements.checked_mul(8 * dtype.block().bytes)?;
     Some((dimensions, elements))
 }
 

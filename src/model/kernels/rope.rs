@@ -3,8 +3,7 @@
 //! A projection leaves tokens x (query heads | key heads | value heads), token after token; attention reads each head
 //! as one contiguous tokens x head_dim matrix. Both happen in one pass over the data, in either direction.
 //!
-//! Source: Su et al., "RoFormer", arXiv:2104.09864; dimension i is paired with i + half of those that turn, as in
-//! transformers.
+//! Source: Su et al., "RoFormer", arXiv:2104.09864; which dimensions make a pair is [`Pairs`].
 
 use rayon::prelude::*;
 
@@ -81,6 +80,15 @@ impl Rotations {
     }
 }
 
+/// Which dimensions of a head turn together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pairs {
+    /// i and i + half of those that turn, as in transformers.
+    Halves,
+    /// 2 i and 2 i + 1, as in GGUF files of the `llama` architecture, whose rows are reordered for it.
+    Neighbors,
+}
+
 /// Which heads lie side by side in a token's row of the projection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heads {
@@ -90,6 +98,8 @@ pub(crate) struct Heads {
     pub key_value: usize,
     /// Elements of one head.
     pub dim: usize,
+    /// Which of them turn together.
+    pub pairs: Pairs,
 }
 
 impl Heads {
@@ -102,11 +112,35 @@ impl Heads {
     fn rotated(self, head: usize) -> bool {
         head < self.query + self.key_value
     }
+
+    /// `out` is `x` with its first pairs turned by the angles of `cos` and `sin`, and the rest as it is.
+    #[inline(always)]
+    fn turn(self, x: &[f32], (cos, sin): (&[f32], impl Fn(usize) -> f32), out: &mut [f32]) {
+        let half = cos.len();
+        let (out, still) = out.split_at_mut(2 * half);
+        let (x, x_still) = x.split_at(2 * half);
+        match self.pairs {
+            Pairs::Halves => {
+                let ((out_a, out_b), (a, b)) = (out.split_at_mut(half), x.split_at(half));
+                for i in 0..half {
+                    out_a[i] = a[i] * cos[i] - b[i] * sin(i);
+                    out_b[i] = b[i] * cos[i] + a[i] * sin(i);
+                }
+            }
+            Pairs::Neighbors => {
+                let pairs = out.as_chunks_mut().0.iter_mut().zip(x.as_chunks().0);
+                for (i, (out, &[a, b])) in pairs.enumerate() {
+                    *out = [a * cos[i] - b * sin(i), b * cos[i] + a * sin(i)];
+                }
+            }
+        }
+        still.copy_from_slice(x_still);
+    }
 }
 
 /// Splits `qkv` (tokens x row) into `heads_out` (head after head, each tokens x dim), rotating queries and keys.
 pub(crate) fn forward(qkv: &[f32], heads: Heads, table: &Rotations, heads_out: &mut [f32]) {
-    let (dim, half) = (heads.dim, table.half);
+    let dim = heads.dim;
     heads_out
         .par_chunks_exact_mut(table.tokens() * dim)
         .enumerate()
@@ -120,14 +154,7 @@ pub(crate) fn forward(qkv: &[f32], heads: Heads, table: &Rotations, heads_out: &
                     let x = &row[head * dim..(head + 1) * dim];
                     if heads.rotated(head) {
                         let (cos, sin) = table.at(place);
-                        let (out, still) = out.split_at_mut(2 * half);
-                        let (x, x_still) = x.split_at(2 * half);
-                        let ((out_a, out_b), (a, b)) = (out.split_at_mut(half), x.split_at(half));
-                        for i in 0..half {
-                            out_a[i] = a[i] * cos[i] - b[i] * sin[i];
-                            out_b[i] = b[i] * cos[i] + a[i] * sin[i];
-                        }
-                        still.copy_from_slice(x_still);
+                        heads.turn(x, (cos, |i| sin[i]), out);
                     } else {
                         out.copy_from_slice(x);
                     }
@@ -138,7 +165,7 @@ pub(crate) fn forward(qkv: &[f32], heads: Heads, table: &Rotations, heads_out: &
 
 /// The transpose of [`forward`]: gathers gradients head by head (`d_heads`) into rows of `d_qkv`, rotating back.
 pub(crate) fn backward(d_heads: &[f32], heads: Heads, table: &Rotations, d_qkv: &mut [f32]) {
-    let (dim, half, tokens) = (heads.dim, table.half, table.tokens());
+    let (dim, tokens) = (heads.dim, table.tokens());
     d_qkv
         .par_chunks_exact_mut(heads.row())
         .zip(table.rows.par_iter())
@@ -149,14 +176,7 @@ pub(crate) fn backward(d_heads: &[f32], heads: Heads, table: &Rotations, d_qkv: 
                 for (head, out) in row.chunks_exact_mut(dim).enumerate() {
                     let d = &d_heads[(head * tokens + token) * dim..][..dim];
                     if heads.rotated(head) {
-                        let (out, still) = out.split_at_mut(2 * half);
-                        let (d, d_still) = d.split_at(2 * half);
-                        let ((out_a, out_b), (a, b)) = (out.split_at_mut(half), d.split_at(half));
-                        for i in 0..half {
-                            out_a[i] = a[i] * cos[i] + b[i] * sin[i];
-                            out_b[i] = b[i] * cos[i] - a[i] * sin[i];
-                        }
-                        still.copy_from_slice(d_still);
+                        heads.turn(d, (cos, |i| -sin[i]), out);
                     } else {
                         out.copy_from_slice(d);
                     }
