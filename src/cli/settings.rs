@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use panacea_formats::{DataSource, Space};
-use panacea_patch::apply::{ApplySettings, Rounding};
+use panacea_patch::apply::{ApplySettings, LEAST_REALIZED, Rounding};
 use panacea_patch::data::{SetPaths, Sets, Source, TemplateChoice};
 use panacea_patch::model::TargetSelection;
 use panacea_patch::optimize::{
@@ -304,7 +304,8 @@ pub(super) fn refuse_search_flags(args: &PatchArgs) -> Result<(), Failure> {
 /// How the perturbation is to be added. `seed` is that of stochastic rounding.
 pub(super) fn addition(args: &AdditionArgs, seed: u64) -> ApplySettings {
     ApplySettings {
-        patched_type: None,
+        patched_type: args.patched_type,
+        least_realized: args.min_realized.unwrap_or(LEAST_REALIZED),
         strength: args.strength.unwrap_or_default(),
         rounding: match args.rounding {
             Some(RoundingName::Stochastic) => Rounding::Stochastic { seed },
@@ -328,6 +329,9 @@ pub(super) fn addition_parameters(settings: ApplySettings, model: &Model) -> Map
         _ => "nearest",
     };
     parameters.insert("rounding".to_owned(), json!(rounding));
+    if let Some(dtype) = settings.patched_type {
+        parameters.insert("patched_type".to_owned(), json!(dtype.name()));
+    }
     parameters
 }
 
