@@ -40,6 +40,7 @@ mod dtype;
 mod error;
 pub mod gguf;
 pub mod json;
+mod mapped;
 mod peft;
 mod perturbation;
 mod safetensors;
