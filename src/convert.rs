@@ -1,0 +1,9 @@
+//! From a Hugging Face directory to a GGUF file, and back.
+//!
+//! In: an open checkpoint of one kind, and the texts of its side files. Out: the other kind, through the outputs of
+//! `panacea_formats`; nothing here opens a file. What comes out is what llama.cpp's own programs make of the same input:
+//! `convert_hf_to_gguf.py` for the float types and `q8_0`, and `llama-quantize` for the others.
+//!
+//! 1. [`names`]: what the tensors are called on either side, and how their rows and values differ.
+
+pub mod names;
