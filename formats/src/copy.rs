@@ -17,12 +17,12 @@ use rayon::prelude::*;
 use thiserror::Error;
 
 use crate::atomic::{Block, HashedFile, OutputDir, OutputError, OutputFile, WrittenFile};
-use crate::checkpoint::{Checkpoint, Layout, Shard, SideFile, SideFiles};
+use crate::checkpoint::{Checkpoint, Shard, SideFile, SideFiles};
 use crate::digest::{Hasher, Sha256};
 use crate::dtype::Dtype;
 use crate::error::{FormatError, shown};
-use crate::safetensors::SafetensorsFile;
 use crate::tensor::TensorView;
+use crate::weights_file::WeightsFile;
 
 /// What becomes of chosen tensors.
 pub trait Patch: Sync {
@@ -72,9 +72,9 @@ impl Observer for () {}
 /// Where a copy goes. A lone file gives a file, a directory a directory.
 #[derive(Debug)]
 pub enum Destination<'a> {
-    /// For [`Layout::Directory`] and [`Layout::Sharded`].
+    /// For layouts of several files.
     Directory(&'a mut OutputDir),
-    /// For [`Layout::LoneFile`].
+    /// For layouts of one file, see [`Layout::is_one_file`](crate::Layout::is_one_file).
     File(&'a mut OutputFile),
 }
 
@@ -125,7 +125,7 @@ pub fn write_checkpoint<P: Patch>(
     let mut files = Vec::new();
     let mut sources = Vec::new();
     match destination {
-        Destination::Directory(output) if checkpoint.layout() != Layout::LoneFile => {
+        Destination::Directory(output) if !checkpoint.layout().is_one_file() => {
             for shards in checkpoint.files().chunks(FILES_AT_ONCE) {
                 let mut pairs = Vec::new();
                 for shard in shards {
@@ -150,7 +150,7 @@ pub fn write_checkpoint<P: Patch>(
                 files.push(copy_side_file(side_file, output, observer)?);
             }
         }
-        Destination::File(output) if checkpoint.layout() == Layout::LoneFile => {
+        Destination::File(output) if checkpoint.layout().is_one_file() => {
             for shard in checkpoint.files() {
                 let file = output.growing()?;
                 // Inside of rayon's threads at once, rather than on the way to them for each window.
@@ -302,21 +302,18 @@ fn write_shard<'a, P: Patch>(
 
 /// Cuts a file into segments of at most [`CHUNK_BYTES`], in order.
 fn segments<'a, P: Patch>(
-    file: &'a SafetensorsFile,
+    file: &'a WeightsFile,
     patch: &P,
 ) -> Result<Vec<Segment<'a>>, WriteError<P::Error>> {
     let all = file.file_bytes();
     let mut segments = Vec::new();
     let mut copied = 0;
-    let mut position = file.header_bytes().len();
-    for tensor in file.tensors() {
-        let end = position + tensor.bytes.len();
+    for (position, tensor) in file.placed_tensors() {
         if patch.targets(&tensor) {
             segments.extend(Segment::copied(&all[copied..position]));
             segments.extend(patched(tensor, patch)?);
-            copied = end;
+            copied = position + tensor.bytes.len();
         }
-        position = end;
     }
     segments.extend(Segment::copied(&all[copied..]));
     Ok(segments)

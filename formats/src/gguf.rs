@@ -70,6 +70,8 @@ pub struct GgufTensor<'a> {
     pub type_number: u32,
     /// Outermost dimension first, row-major, which is the reverse of the file's order; empty for a scalar.
     pub shape: &'a [usize],
+    /// Where its bytes start in the file.
+    pub offset: usize,
     /// The elements. Of a known type as many bytes as shape and type say; of another all up to the next tensor.
     pub bytes: &'a [u8],
 }
@@ -171,6 +173,7 @@ impl GgufFile {
             name: &entry.name,
             type_number: entry.type_number,
             shape: entry.shape(),
+            offset: self.header.data_start + entry.begin,
             // In bounds: `Header::parse` checked the offsets against the file's length.
             bytes: &self.bytes.all()[self.header.data_start..][entry.begin..entry.end],
         }

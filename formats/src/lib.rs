@@ -45,6 +45,7 @@ mod peft;
 mod perturbation;
 mod safetensors;
 mod tensor;
+mod weights_file;
 
 pub use atomic::{
     Committed, HashedFile, OutputDir, OutputError, OutputErrorKind, OutputFile, Overwrite,
@@ -77,3 +78,4 @@ pub use safetensors::{
     write_tensors,
 };
 pub use tensor::{TensorView, WidenError, narrow};
+pub use weights_file::WeightsFile;

@@ -90,14 +90,16 @@ fn checkpoint(
     let parameters: usize = tensors.iter().map(TensorView::elements).sum();
     let layout = match checkpoint.layout() {
         Layout::Adapter => "LoRA adapter",
+        Layout::Gguf => "one GGUF file",
         Layout::LoneFile => "one file",
+        Layout::SplitGguf => "a GGUF file in parts",
         Layout::Sharded => "directory with shards",
         _ => "directory",
     };
     table.heading(format!("{} is a checkpoint: {layout}", path.display()));
     let mut files = Vec::new();
     for shard in checkpoint.files() {
-        let count = shard.file.tensors().len();
+        let count = shard.file.tensors().count();
         table.row(
             "weights",
             format!(
