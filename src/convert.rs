@@ -7,3 +7,6 @@
 //! 1. [`names`]: what the tensors are called on either side, and how their rows and values differ.
 
 pub mod names;
+mod stored;
+
+pub use stored::{StoredModel, StoredModelError};

@@ -1,0 +1,136 @@
+//! A GGUF checkpoint as the model that it holds, without converting it.
+//!
+//! In: an open checkpoint in GGUF. Out: its tensors under the names that the decoder asks for, each still where it is and in its own
+//! type, and the config to compute with them as they are: queries and keys whose neighbors turn together, norms that include their
+//! offset. A perturbation found so is one of the stored tensors, in the order of their rows.
+
+use panacea_formats::{Checkpoint, TensorView, gguf::Metadata};
+use thiserror::Error;
+
+use super::names::{Architecture, Source, UnknownArchitecture};
+
+/// The tensors of a GGUF checkpoint under the decoder's names.
+#[derive(Debug)]
+pub struct StoredModel {
+    architecture: &'static Architecture,
+    tensors: Vec<Renamed>,
+}
+
+/// A tensor, or one of the matrices that are stacked in it.
+#[derive(Debug)]
+struct Renamed {
+    /// What the decoder calls it.
+    name: String,
+    /// What the file calls it.
+    stored: String,
+    /// Which of how many in the stack.
+    expert: Option<(usize, usize)>,
+}
+
+impl StoredModel {
+    /// The model in `checkpoint`.
+    ///
+    /// # Errors
+    /// When it is no GGUF checkpoint of a known architecture, or holds a tensor that this architecture does not have.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self, StoredModelError> {
+        let architecture = architecture(checkpoint.gguf_metadata())?;
+        let mut tensors = Vec::new();
+        for tensor in checkpoint.tensors() {
+            let stored = tensor.name.to_owned();
+            match architecture.source(&stored) {
+                Some(Source::Whole(name)) => tensors.push(Renamed {
+                    name,
+                    stored,
+                    expert: None,
+                }),
+                Some(Source::Experts(names)) => {
+                    let count = tensor.shape.first().copied().unwrap_or(0);
+                    tensors.extend((0..count).map(|expert| Renamed {
+                        name: names.name(expert),
+                        stored: stored.clone(),
+                        expert: Some((expert, count)),
+                    }));
+                }
+                Some(Source::Derived) => {}
+                None => {
+                    return Err(StoredModelError::Tensor {
+                        name: stored,
+                        architecture: architecture.name,
+                    });
+                }
+            }
+        }
+        Ok(Self {
+            architecture,
+            tensors,
+        })
+    }
+
+    /// How the file names its tensors.
+    pub fn architecture(&self) -> &'static Architecture {
+        self.architecture
+    }
+
+    /// The tensors of `checkpoint`, which is the one that `self` was made of, under the decoder's names.
+    pub fn tensors<'c>(
+        &'c self,
+        checkpoint: &'c Checkpoint,
+    ) -> impl Iterator<Item = TensorView<'c>> {
+        self.tensors.iter().filter_map(|renamed| {
+            let whole = checkpoint.tensor(&renamed.stored)?;
+            let view = match renamed.expert {
+                None => whole,
+                Some((expert, count)) => {
+                    let bytes = whole.bytes.len() / count;
+                    TensorView {
+                        shape: whole.shape.get(1..)?,
+                        bytes: whole.bytes.get(expert * bytes..)?.get(..bytes)?,
+                        ..whole
+                    }
+                }
+            };
+            Some(TensorView {
+                name: &renamed.name,
+                ..view
+            })
+        })
+    }
+
+    /// What the file calls the tensor that the decoder calls `name`; nothing for one that is a part of a stack.
+    pub fn stored_name(&self, name: &str) -> Option<&str> {
+        let renamed = self.tensors.iter().find(|it| it.name == name)?;
+        renamed.expert.is_none().then_some(renamed.stored.as_str())
+    }
+}
+
+fn architecture(metadata: Option<&Metadata>) -> Result<&'static Architecture, StoredModelError> {
+    let name = metadata
+        .and_then(|metadata| metadata.value(ARCHITECTURE)?.as_text())
+        .ok_or(StoredModelError::NoArchitecture)?;
+    Ok(Architecture::named(name)?)
+}
+
+const ARCHITECTURE: &str = "general.architecture";
+
+/// Why the decoder cannot compute with a GGUF checkpoint.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoredModelError {
+    /// Metadata without the architecture, or no metadata.
+    #[error("`{ARCHITECTURE}` is missing, or no text")]
+    NoArchitecture,
+    /// A tensor that nothing is known of.
+    #[error(
+        "tensor `{}` has no place in a model of architecture `{architecture}`",
+        panacea_formats::shown(name)
+    )]
+    Tensor {
+        /// Its name.
+        name: String,
+        /// The architecture.
+        architecture: &'static str,
+    },
+    /// An architecture without a decoder here.
+    #[error(transparent)]
+    Architecture(#[from] UnknownArchitecture),
+}
