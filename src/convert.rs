@@ -6,6 +6,7 @@
 //!
 //! 1. [`names`]: what the tensors are called on either side, and how their rows and values differ.
 
+pub mod config;
 pub mod names;
 mod stored;
 

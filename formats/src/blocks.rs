@@ -1,19 +1,132 @@
-//! Quantized blocks: bytes of GGUF's quantized types <-> `f32` values, as llama.cpp computes them.
+//! Quantized blocks: bytes of GGUF's quantized types <-> `f32` values, bit for bit as llama.cpp computes them.
+//!
+//! A block holds 32 or 256 neighboring values of one row as small integers ("levels") and a few scales. Numbers are little-endian,
+//! `f16` is IEEE 754 binary16. A value is `d * level`, or `d * level + m` where there is a minimum; the types named `_K` have scales
+//! for each sub-block of 16 or 32, themselves in few bits, times the `f16` scales of the block. Fields in the order of their bytes:
+//!
+//! | type | values | bytes | fields |
+//! |---|---|---|---|
+//! | Q4_0 | 32 | 18 | `d` f16, `levels` 16 |
+//! | Q4_1 | 32 | 20 | `d` f16, `m` f16, `levels` 16 |
+//! | Q5_0 | 32 | 22 | `d` f16, `fifth bits` 4, `levels` 16 |
+//! | Q5_1 | 32 | 24 | `d` f16, `m` f16, `fifth bits` 4, `levels` 16 |
+//! | Q8_0 | 32 | 34 | `d` f16, `levels` 32, signed |
+//! | Q2_K | 256 | 84 | `scale, minimum` 16 of 4 + 4 bits, `levels` 64, `d` f16, `dmin` f16 |
+//! | Q3_K | 256 | 110 | `third bits` 32, `levels` 64, `scales` 12 (16 of 6 bits), `d` f16 |
+//! | Q4_K | 256 | 144 | `d` f16, `dmin` f16, `scales, minimums` 12 (8 pairs of 6 bits), `levels` 128 |
+//! | Q5_K | 256 | 176 | `d` f16, `dmin` f16, `scales, minimums` 12, `fifth bits` 32, `levels` 128 |
+//! | Q6_K | 256 | 210 | `lower bits` 128, `upper bits` 64, `scales` 16, signed, `d` f16 |
+//! | IQ4_NL | 32 | 18 | `d` f16, `indices` 16 into a curve of 16 values |
+//! | MXFP4 | 32 | 17 | `exponent` 1, `indices` 16 into the values of a 4-bit float |
+//!
+//! Where two levels share a byte in a block of 32, the lower half is of value `i`, the upper of value `i + 16`. The orders in blocks
+//! of 256 are told in `k_quants`.
+//!
+//! # Which bits
+//!
+//! Those of `ggml-quants.c` as compiled for x86-64: `f32` arithmetic in the order of its source, each operation rounded on its own. A
+//! compiler that fuses multiplications with additions (the default for AArch64 and Apple's) gives other last bits there, and then, in
+//! rare ties, other levels. Here no operation is fused, and the same bits come out on every processor. `quantize` is what llama.cpp's
+//! `ggml_quantize_chunk` does without an importance matrix, and for Q4_0 to Q8_0 also what gguf-py, and so `convert_hf_to_gguf.py`,
+//! does: Q8_0 rounds halves away from zero in both.
+//!
+//! Facts: llama.cpp, `ggml/src/ggml-quants.c` and `ggml-common.h`, of which `testdata/gen/blocks.py` runs a compiled copy.
+
+mod curves;
+mod k_quants;
+mod legacy;
+
+use half::f16;
 
 use crate::dtype::Dtype;
 
 /// Reads `bytes`, whole blocks of a quantized `dtype`, as the `f32` values that llama.cpp dequantizes, to as many elements `out`.
 ///
-/// Does nothing for types that are not quantized ones, or are not known by their blocks' content: ask [`Dtype::is_readable`].
+/// Any bytes give values; scales that are infinite or NaN give infinite values or NaN. A part of a block at the end, of `bytes` or
+/// of `out`, is left as it is. Does nothing for types that are not quantized ones, or are not known by their blocks' content: ask
+/// [`Dtype::is_readable`]. Runs on the thread that calls it.
 pub fn dequantize(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    let _ = (dtype, bytes, out);
-    unimplemented!("quantized blocks")
+    match dtype {
+        Dtype::Q4_0 => read(bytes, out, legacy::read_q4_0),
+        Dtype::Q4_1 => read(bytes, out, legacy::read_q4_1),
+        Dtype::Q5_0 => read(bytes, out, legacy::read_q5_0),
+        Dtype::Q5_1 => read(bytes, out, legacy::read_q5_1),
+        Dtype::Q8_0 => read(bytes, out, legacy::read_q8_0),
+        Dtype::Q2_K => read(bytes, out, k_quants::read_q2),
+        Dtype::Q3_K => read(bytes, out, k_quants::read_q3),
+        Dtype::Q4_K => read(bytes, out, k_quants::read_q4),
+        Dtype::Q5_K => read(bytes, out, k_quants::read_q5),
+        Dtype::Q6_K => read(bytes, out, k_quants::read_q6),
+        Dtype::IQ4_NL => read(bytes, out, curves::read_iq4_nl),
+        Dtype::MXFP4 => read(bytes, out, curves::read_mxfp4),
+        _ => {}
+    }
 }
 
 /// Quantizes `values`, finite and whole blocks, to as many blocks `out` of `dtype`, as llama.cpp does without an importance matrix.
 ///
-/// Does nothing for types of which [`Dtype::is_quantized`] is not true.
+/// Finite values can be too large: where a block's scale is beyond the largest `f16`, 65504, it is written as infinite, and the
+/// values read back are infinite or NaN; Q4_0, whose scale is the largest value / -8, can hold values up to 524032. Of values that
+/// are infinite or NaN the result is a block without meaning, not a panic. A part of a block at the end, of `values` or of `out`, is
+/// left as it is. Does nothing for types of which [`Dtype::is_quantized`] is not true. Runs on the thread that calls it.
 pub fn quantize(dtype: Dtype, values: &[f32], out: &mut [u8]) {
-    let _ = (dtype, values, out);
-    unimplemented!("quantized blocks")
+    match dtype {
+        Dtype::Q4_0 => write(values, out, legacy::write_q4_0),
+        Dtype::Q4_1 => write(values, out, legacy::write_q4_1),
+        Dtype::Q5_0 => write(values, out, legacy::write_q5_0),
+        Dtype::Q5_1 => write(values, out, legacy::write_q5_1),
+        Dtype::Q8_0 => write(values, out, legacy::write_q8_0),
+        Dtype::Q2_K => k_quants::write_q2(values, out),
+        Dtype::Q3_K => k_quants::write_q3(values, out),
+        Dtype::Q4_K => k_quants::write_q4(values, out),
+        Dtype::Q5_K => k_quants::write_q5(values, out),
+        Dtype::Q6_K => k_quants::write_q6(values, out),
+        _ => {}
+    }
+}
+
+/// Reads block after block, compiled for the best instruction set of the processor.
+fn read<const BYTES: usize, const ELEMENTS: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    block: impl Fn(&[u8; BYTES], &mut [f32; ELEMENTS]),
+) {
+    pulp::Arch::new().dispatch(|| {
+        for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
+            block(bytes, out);
+        }
+    });
+}
+
+/// Writes block after block, compiled for the best instruction set of the processor.
+fn write<const ELEMENTS: usize, const BYTES: usize>(
+    values: &[f32],
+    out: &mut [u8],
+    block: impl Fn(&[f32; ELEMENTS], &mut [u8; BYTES]),
+) {
+    pulp::Arch::new().dispatch(|| {
+        for (values, out) in values.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
+            block(values, out);
+        }
+    });
+}
+
+/// The `f16` that starts at byte `at` of a block.
+#[inline(always)]
+fn half_at<const BYTES: usize>(block: &[u8; BYTES], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// Stores `value` at byte `at` of a block, rounded to the nearest `f16` (ties to even), and returns what was stored.
+#[inline(always)]
+fn put_half<const BYTES: usize>(block: &mut [u8; BYTES], at: usize, value: f32) -> f32 {
+    let half = f16::from_f32(value);
+    block[at..at + 2].copy_from_slice(&half.to_le_bytes());
+    half.to_f32()
+}
+
+/// The lowest 8 bits, as C converts integers.
+#[inline(always)]
+fn low_byte(value: i32) -> u8 {
+    value.to_le_bytes()[0]
 }

@@ -11,7 +11,7 @@
 
 mod adapter;
 mod block;
-mod config;
+pub(crate) mod config;
 mod decoder;
 mod family;
 mod frequencies;
@@ -22,7 +22,7 @@ pub(crate) mod matmul;
 mod mixture;
 mod pack;
 mod point;
-mod settings;
+pub(crate) mod settings;
 mod targets;
 mod tensors;
 mod weights;

@@ -1,0 +1,48 @@
+//! Blocks of 32 indices into a fixed curve of 16 values: read only.
+
+use super::half_at;
+
+/// IQ4_NL: `d` f16, then 16 bytes of indices. A value is `d` times the curve's.
+#[inline(always)]
+pub(super) fn read_iq4_nl(block: &[u8; 18], out: &mut [f32; 32]) {
+    let d = half_at(block, 0);
+    look_up(&IQ4_NL.map(|level| d * level), &block[2..], out);
+}
+
+/// MXFP4: the exponent of the scale 2^(e - 127), then 16 bytes of indices.
+///
+/// The exponent 255, which the OCP's specification makes NaN, is read as the number that it would be otherwise, as llama.cpp does.
+#[inline(always)]
+pub(super) fn read_mxfp4(block: &[u8; 17], out: &mut [f32; 32]) {
+    // Half of the scale, because the levels are doubled.
+    let half_scale = match u32::from(block[0]) {
+        exponent @ 0..2 => f32::from_bits(0x0020_0000 << exponent), // subnormal
+        exponent => f32::from_bits((exponent - 1) << 23),
+    };
+    look_up(
+        &FP4_DOUBLED.map(|level| half_scale * level),
+        &block[1..],
+        out,
+    );
+}
+
+/// Value `i` is found by the lower half of byte `i`, value `i + 16` by the upper.
+#[inline(always)]
+fn look_up(curve: &[f32; 16], indices: &[u8], out: &mut [f32; 32]) {
+    let (lower, upper) = out.split_at_mut(16);
+    for ((lower, upper), byte) in lower.iter_mut().zip(upper).zip(indices) {
+        *lower = curve[usize::from(byte & 15)];
+        *upper = curve[usize::from(byte >> 4)];
+    }
+}
+
+/// llama.cpp's `kvalues_iq4nl`: closer together near 0, where weights are.
+const IQ4_NL: [f32; 16] = [
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0,
+    89.0, 113.0,
+];
+
+/// Twice the values of a float with 2 exponent bits and 1 of mantissa. Negative zero is read as 0, as llama.cpp does.
+const FP4_DOUBLED: [f32; 16] = [
+    0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0,
+];
