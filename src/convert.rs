@@ -1,0 +1,3 @@
+//! Checkpoints between Hugging Face's directories and GGUF files.
+
+pub mod tokenizer;
