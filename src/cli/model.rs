@@ -187,13 +187,17 @@ impl Model {
         match &self.stored {
             None => Ok(None),
             Some(Ok(stored)) => Ok(Some(stored)),
-            Some(Err(error)) => Err(Failure::doing(
-                Exit::Refused,
-                format!("cannot compute with `{}`", self.checkpoint.path().display()),
-                error,
-            )
-            .hint("a perturbation that was made for it can still be added with --perturbation")),
+            Some(Err(error)) => Err(self.not_computable(error)),
         }
+    }
+
+    fn not_computable(&self, error: &StoredModelError) -> Failure {
+        Failure::doing(
+            Exit::Refused,
+            format!("cannot compute with `{}`", self.checkpoint.path().display()),
+            error,
+        )
+        .hint("a perturbation that was made for it can still be added with --perturbation")
     }
 
     /// What the checkpoint calls the target that the decoder calls `name`.
@@ -218,7 +222,9 @@ impl Model {
     pub(super) fn config(&self) -> Result<Config, Failure> {
         match self.stored()? {
             None => read_config(&self.config_file()?),
-            Some(stored) => config_of(&self.checkpoint, stored),
+            Some(stored) => stored
+                .config(&self.checkpoint)
+                .map_err(|error| self.not_computable(&error)),
         }
     }
 
@@ -366,12 +372,6 @@ impl Model {
         }
         Ok(())
     }
-}
-
-/// The config of the model in a GGUF file.
-fn config_of(checkpoint: &Checkpoint, stored: &StoredModel) -> Result<Config, Failure> {
-    let _ = (checkpoint, stored);
-    Err(Failure::new(Exit::Refused, "not yet"))
 }
 
 /// Opens the checkpoint at `path`, and says so.

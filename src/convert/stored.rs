@@ -5,9 +5,12 @@
 //! offset. A perturbation found so is one of the stored tensors, in the order of their rows.
 
 use panacea_formats::{Checkpoint, TensorView, gguf::Metadata};
+use serde_json::Value;
 use thiserror::Error;
 
+use super::config::{GgufConfigError, from_gguf};
 use super::names::{Architecture, Source, UnknownArchitecture};
+use crate::model::{Config, ConfigError};
 
 /// The tensors of a GGUF checkpoint under the decoder's names.
 #[derive(Debug)]
@@ -71,6 +74,19 @@ impl StoredModel {
         self.architecture
     }
 
+    /// The config to compute with the tensors of `checkpoint`, which is the one that `self` was made of.
+    ///
+    /// # Errors
+    /// When the metadata asks for what this decoder cannot do, or does not make a model.
+    pub fn config(&self, checkpoint: &Checkpoint) -> Result<Config, StoredModelError> {
+        let metadata = checkpoint
+            .gguf_metadata()
+            .ok_or(StoredModelError::NoArchitecture)?;
+        let config = from_gguf(metadata, &|name| checkpoint.tensor(name))?;
+        let config = Config::parse(&Value::Object(config).to_string())?;
+        Ok(config.over_gguf(self.architecture.reordered))
+    }
+
     /// The tensors of `checkpoint`, which is the one that `self` was made of, under the decoder's names.
     pub fn tensors<'c>(
         &'c self,
@@ -113,9 +129,15 @@ fn architecture(metadata: Option<&Metadata>) -> Result<&'static Architecture, St
 const ARCHITECTURE: &str = "general.architecture";
 
 /// Why the decoder cannot compute with a GGUF checkpoint.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StoredModelError {
+    /// Metadata that says what no config of the family can say.
+    #[error(transparent)]
+    Metadata(#[from] GgufConfigError),
+    /// Metadata that makes a model which this decoder cannot compute.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// Metadata without the architecture, or no metadata.
     #[error("`{ARCHITECTURE}` is missing, or no text")]
     NoArchitecture,
