@@ -9,7 +9,7 @@ use panacea_formats::{
     Adapter, BaseProblem, Checkpoint, DataSource, DeltaTensor, FormatError, PerturbationRecord,
     Problems, TensorView, describe_base, shown,
 };
-use panacea_patch::data::{Encoder, Sets, TokenizerFiles};
+use panacea_patch::data::{Encoder, Sets, Text, TokenizerFiles};
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{
     Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix, place_of_module,
@@ -553,18 +553,18 @@ pub(super) fn required_side_file(checkpoint: &Checkpoint, name: &str) -> Result<
 
 /// The files besides weights that decide the result.
 fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
-    let mut paths = vec![config.to_owned(), files.tokenizer.clone()];
-    paths.extend(
-        [
-            &files.tokenizer_config,
-            &files.special_tokens_map,
-            &files.chat_template,
-            &files.generation_config,
-        ]
-        .into_iter()
-        .flatten()
-        .cloned(),
-    );
+    let texts = [
+        &files.tokenizer_config,
+        &files.special_tokens_map,
+        &files.chat_template,
+        &files.generation_config,
+    ];
+    let texts = texts.into_iter().flatten().chain([&files.tokenizer]);
+    let mut paths: Vec<PathBuf> = texts
+        .filter_map(Text::file)
+        .chain([config])
+        .map(Path::to_owned)
+        .collect();
     paths.sort();
     paths
 }

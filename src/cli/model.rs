@@ -236,11 +236,16 @@ impl Model {
         required_side_file(self.whole(), "config.json")
     }
 
-    /// The tokenizer's files: the adapter's own if it has any, else the whole model's.
+    /// The tokenizer's files: the adapter's own if it has any, else the whole model's; of a GGUF file those that say what its metadata does.
     ///
     /// # Errors
     /// When there is no `tokenizer.json`.
     pub(super) fn tokenizer(&self) -> Result<TokenizerFiles, Failure> {
+        if let Some(stored) = self.stored()? {
+            return stored
+                .tokenizer(&self.checkpoint)
+                .map_err(|error| self.not_computable(&error));
+        }
         let own = self.checkpoint.side_file("tokenizer.json").is_some();
         let find = |name: &str| match name {
             "config.json" | "generation_config.json" => self.whole().side_file(name),

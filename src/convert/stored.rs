@@ -10,6 +10,8 @@ use thiserror::Error;
 
 use super::config::{GgufConfigError, from_gguf};
 use super::names::{Architecture, Source, UnknownArchitecture};
+use super::tokenizer::{self, TokenizerError};
+use crate::data::{Text, TokenizerFiles};
 use crate::model::{Config, ConfigError};
 
 /// The tensors of a GGUF checkpoint under the decoder's names.
@@ -87,6 +89,34 @@ impl StoredModel {
         Ok(config.over_gguf(self.architecture.reordered))
     }
 
+    /// The tokenizer of `checkpoint`, which is the one that `self` was made of, in a tokenizer's files.
+    ///
+    /// # Errors
+    /// When the metadata makes no tokenizer, or one whose splitting of texts is not known.
+    pub fn tokenizer(&self, checkpoint: &Checkpoint) -> Result<TokenizerFiles, StoredModelError> {
+        let metadata = checkpoint
+            .gguf_metadata()
+            .ok_or(StoredModelError::NoArchitecture)?;
+        let texts = tokenizer::from_metadata(metadata)?;
+        let held = |name: &str, text: String| Text::Held {
+            name: checkpoint.path().join(name),
+            bytes: text.into_bytes(),
+        };
+        Ok(TokenizerFiles {
+            tokenizer: held("tokenizer.json", texts.tokenizer),
+            tokenizer_config: Some(held(
+                "tokenizer_config.json",
+                texts.tokenizer_config.to_string(),
+            )),
+            special_tokens_map: None,
+            chat_template: texts
+                .chat_template
+                .map(|template| held("chat_template.jinja", template)),
+            generation_config: None,
+            config: None,
+        })
+    }
+
     /// The tensors of `checkpoint`, which is the one that `self` was made of, under the decoder's names.
     pub fn tensors<'c>(
         &'c self,
@@ -135,6 +165,9 @@ pub enum StoredModelError {
     /// Metadata that says what no config of the family can say.
     #[error(transparent)]
     Metadata(#[from] GgufConfigError),
+    /// Metadata that makes no tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// Metadata that makes a model which this decoder cannot compute.
     #[error(transparent)]
     Config(#[from] ConfigError),
