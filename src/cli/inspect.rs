@@ -14,6 +14,7 @@ use panacea_formats::{
     Checkpoint, Form, FormatError, FormatErrorKind, Layout, Perturbation, SafetensorsFile,
     TensorView, shown,
 };
+use panacea_patch::convert::StoredModel;
 use panacea_patch::manifest::{Statement, manifest_path, signature_path};
 use panacea_patch::model::TargetSelection;
 use rayon::prelude::*;
@@ -139,7 +140,14 @@ fn checkpoint(
         true => adapter::describe(&checkpoint, selection, table),
         false => {
             let selection = selection.cloned().unwrap_or_default();
-            let targets = targets_by_name(&checkpoint, &selection);
+            let stored = StoredModel::of(&checkpoint).ok();
+            let targets = match &stored {
+                Some(stored) => {
+                    let renamed: Vec<_> = stored.tensors(&checkpoint).collect();
+                    targets_by_name(&renamed, &selection)
+                }
+                None => targets_by_name(&tensors, &selection),
+            };
             let targets = targets_row(&selection.to_string(), targets, table);
             (Value::Null, targets)
         }
