@@ -8,11 +8,11 @@
 //! 2. [`config`]: what a config says in GGUF's keys, and back; [`general`]: what is known of a model besides.
 //! 3. [`tokenizer`]: the same of a tokenizer.
 //! 4. [`types`]: which element type each tensor gets.
-//! 5. [`ToGguf`] and [`ToDirectory`]: all of it together, planned first and then written in a stream.
+//! 5. [`Conversion`]: all of it together, planned first and then written in a stream.
 
 pub mod config;
+mod conversion;
 pub mod general;
-mod header;
 pub mod names;
 mod patched;
 mod stored;
@@ -22,13 +22,14 @@ pub mod tokenizer;
 pub mod types;
 mod write;
 
+use panacea_formats::gguf::GgufWriteError;
 use panacea_formats::{Dtype, FormatError, OutputError, WidenError, shown};
 use thiserror::Error;
 
+pub use conversion::Conversion;
 pub use patched::PatchedType;
 pub use stored::{StoredModel, StoredModelError};
-pub use to_directory::ToDirectory;
-pub use to_gguf::{Texts, ToGguf};
+pub use to_gguf::{GgufSettings, Texts};
 
 use crate::model::{ConfigError, WeightsError};
 use config::GgufConfigError;
@@ -119,6 +120,15 @@ pub enum ConvertError {
     /// Metadata of a GGUF file that makes no tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// More parts than their numbers can count.
+    #[error("the file would have {parts} parts, and 65535 are the most")]
+    TooManyParts {
+        /// How many.
+        parts: usize,
+    },
+    /// What the container cannot hold.
+    #[error(transparent)]
+    Unwritable(#[from] GgufWriteError),
     /// A tensor of a type that is not read.
     #[error("tensor `{}` cannot be read", shown(tensor))]
     Unreadable {

@@ -2,15 +2,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use panacea_formats::gguf::{Metadata, Value};
-use panacea_formats::{Checkpoint, Dtype, Layout, Observer, OutputError, TensorView};
+use panacea_formats::gguf::{GgufLayout, GgufWriteError, Metadata, TensorInfo, Value};
+use panacea_formats::{Checkpoint, Layout, TensorView};
 
 use super::config::GgufConfig;
+use super::conversion::{Conversion, PlannedFile, divided};
 use super::general::{Origins, Size, general};
-use super::header::header;
 use super::names::{HeadRows, Place};
 use super::types::{FileType, ModelFacts, choose};
-use super::write::{Content, Planned, RowOrder, stream};
+use super::write::{Content, Planned, RowOrder};
 use super::{ConvertError, PatchedType};
 use crate::model::{check_tensors, decoder_prefix};
 
@@ -25,28 +25,28 @@ pub struct Texts<'a> {
     pub tokenizer: &'a Metadata,
 }
 
-/// A GGUF file, or the parts of one, ready to be written.
-#[derive(Debug)]
-pub struct ToGguf<'c> {
-    checkpoint: &'c Checkpoint,
-    metadata: Metadata,
-    tensors: Vec<Planned<'c>>,
-    /// What the checkpoint says and the file cannot, in words.
-    pub losses: Vec<String>,
-    /// How many tensors belong to other towers than the decoder, and are left out.
-    pub left_out: usize,
+/// What a GGUF file is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct GgufSettings<'a> {
+    /// The type of most of its tensors.
+    pub file_type: FileType,
+    /// The type that patched ones have at least.
+    pub patched: Option<&'a PatchedType>,
+    /// The file's name without its extension.
+    pub stem: &'a str,
+    /// What a part may have; one file without.
+    pub max_shard_bytes: Option<u64>,
 }
 
-impl<'c> ToGguf<'c> {
-    /// Plans the file of type `file` that `checkpoint` becomes. Tensors that `patched` names get a type as fine as it says.
+impl<'c> Conversion<'c> {
+    /// Plans the GGUF file that `checkpoint`, a whole model, becomes.
     ///
     /// # Errors
     /// When config, tensors and tokenizer do not make one model, or one that GGUF has no place for.
-    pub fn plan(
+    pub fn to_gguf(
         checkpoint: &'c Checkpoint,
         texts: Texts<'_>,
-        file: FileType,
-        patched: Option<&PatchedType>,
+        settings: GgufSettings<'_>,
     ) -> Result<Self, ConvertError> {
         if !matches!(
             checkpoint.layout(),
@@ -72,9 +72,10 @@ impl<'c> ToGguf<'c> {
             key_heads: model.num_key_value_heads,
             experts: model.experts.map_or(0, |experts| experts.count),
         };
-        let mut types = choose(file, facts, &shapes);
+        let file_type = settings.file_type;
+        let mut types = choose(file_type, facts, &shapes);
         for (slot, dtype) in slots.iter().zip(&mut types) {
-            if let Some(patched) = patched
+            if let Some(patched) = settings.patched
                 && slot.sources.iter().any(|name| patched.was_patched(name))
             {
                 *dtype = patched.at_least(*dtype, &slot.name, &slot.shape)?;
@@ -82,7 +83,7 @@ impl<'c> ToGguf<'c> {
         }
         let size = Size::of(shapes.iter().copied());
         let general = general(texts.origins, size);
-        let mut metadata = config.metadata(&general, file.number());
+        let mut metadata = config.metadata(&general, file_type.number());
         for (key, value) in texts.tokenizer.iter() {
             metadata.set(key, value.clone());
         }
@@ -94,70 +95,56 @@ impl<'c> ToGguf<'c> {
         });
         Ok(Self {
             checkpoint,
-            metadata,
-            tensors: tensors.collect(),
+            weights: files(tensors, &metadata, settings)?,
+            texts: Vec::new(),
             losses: config.losses,
             left_out,
         })
     }
-
-    /// Names, types and shapes, outermost dimension first, in the order of the file.
-    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, Dtype, &[usize])> {
-        self.tensors
-            .iter()
-            .map(|it| (it.name.as_str(), it.dtype, it.shape.as_slice()))
-    }
-
-    /// The keys and values.
-    pub fn metadata(&self) -> &Metadata {
-        &self.metadata
-    }
-
-    /// How long the file will be.
-    pub fn bytes(&self) -> u64 {
-        let (header, offsets) = self.header();
-        let last = offsets.last().zip(self.tensors.last());
-        let data = last.map_or(0, |(offset, tensor)| offset + tensor.bytes());
-        (header.len() + data.next_multiple_of(ALIGNMENT)) as u64
-    }
-
-    fn header(&self) -> (Vec<u8>, Vec<usize>) {
-        let described: Vec<_> = self
-            .tensors
-            .iter()
-            .map(|it| (it.name.as_str(), it.dtype, it.shape.as_slice(), it.bytes()))
-            .collect();
-        header(&self.metadata, &described)
-    }
-
-    /// Hands the file to `write`, piece by piece.
-    ///
-    /// # Errors
-    /// When a value cannot be held by its type, the source changed, or `write` fails.
-    pub fn write(
-        &self,
-        observer: &impl Observer,
-        mut write: impl FnMut(&[u8]) -> Result<(), OutputError> + Send,
-    ) -> Result<(), ConvertError> {
-        let (header, offsets) = self.header();
-        write(&header)?;
-        stream(
-            &self.tensors,
-            &offsets,
-            self.checkpoint,
-            observer,
-            &mut write,
-        )?;
-        if let Some((offset, tensor)) = offsets.last().zip(self.tensors.last()) {
-            let end = offset + tensor.bytes();
-            write(&vec![0; end.next_multiple_of(ALIGNMENT) - end])?;
-        }
-        self.checkpoint.check_unchanged()?;
-        Ok(())
-    }
 }
 
-const ALIGNMENT: usize = 32;
+/// Divides tensors into the parts of a file, of which the first has all keys, and each which part it is.
+fn files<'c>(
+    tensors: impl ExactSizeIterator<Item = Planned<'c>>,
+    metadata: &Metadata,
+    settings: GgufSettings<'_>,
+) -> Result<Vec<PlannedFile<'c>>, ConvertError> {
+    let total = tensors.len();
+    let parts = divided(tensors, settings.max_shard_bytes, Planned::bytes);
+    let count = parts.len();
+    let mut files = Vec::with_capacity(count);
+    for (i, tensors) in parts.into_iter().enumerate() {
+        let mut keys = match i {
+            0 => metadata.clone(),
+            _ => Metadata::default(),
+        };
+        let mut name = format!("{}.gguf", settings.stem);
+        if count > 1 {
+            let (Ok(part), Ok(parts), Ok(total)) =
+                (u16::try_from(i), u16::try_from(count), i32::try_from(total))
+            else {
+                return Err(ConvertError::TooManyParts { parts: count });
+            };
+            keys.set("split.no", Value::U16(part));
+            keys.set("split.count", Value::U16(parts));
+            keys.set("split.tensors.count", Value::I32(total));
+            name = format!("{}-{:05}-of-{count:05}.gguf", settings.stem, i + 1);
+        }
+        let infos: Result<Vec<TensorInfo>, GgufWriteError> = tensors
+            .iter()
+            .map(|it| TensorInfo::new(&it.name, it.dtype, &it.shape))
+            .collect();
+        let layout = GgufLayout::new(&keys, &infos?)?;
+        files.push(PlannedFile {
+            name,
+            header: layout.header().to_vec(),
+            places: layout.places().iter().map(|place| place.start).collect(),
+            length: layout.length(),
+            tensors,
+        });
+    }
+    Ok(files)
+}
 
 /// A tensor of the file before its type is chosen.
 struct Slot<'c> {

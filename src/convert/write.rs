@@ -11,6 +11,7 @@ use panacea_formats::{Checkpoint, Dtype, Observer, OutputError, TensorView, narr
 use rayon::prelude::*;
 
 use super::ConvertError;
+use super::conversion::PlannedFile;
 use super::names::{row_in_gguf, row_in_source};
 
 /// A tensor of the output.
@@ -209,13 +210,13 @@ impl Chunk<'_, '_> {
     }
 }
 
-/// Cuts tensors into chunks; `offsets` says where each begins.
-fn chunks<'p, 'c>(tensors: &'p [Planned<'c>], offsets: &[usize]) -> Vec<Chunk<'p, 'c>> {
+/// Cuts the tensors of a file into chunks.
+fn chunks<'p, 'c>(file: &'p PlannedFile<'c>) -> Vec<Chunk<'p, 'c>> {
     let mut chunks = Vec::new();
-    let mut end = 0;
-    for (tensor, &offset) in tensors.iter().zip(offsets) {
-        let mut padding = offset - end;
-        end = offset + tensor.bytes();
+    let mut end = file.header.len();
+    for (tensor, &place) in file.tensors.iter().zip(&file.places) {
+        let mut padding = place - end;
+        end = place + tensor.bytes();
         let at_once = (CHUNK_ELEMENTS / tensor.columns().max(1)).max(1);
         for first in (0..tensor.rows()).step_by(at_once) {
             chunks.push(Chunk {
@@ -229,27 +230,27 @@ fn chunks<'p, 'c>(tensors: &'p [Planned<'c>], offsets: &[usize]) -> Vec<Chunk<'p
     chunks
 }
 
-/// Hands the bytes of `tensors` to `write`, with zeros up to where each begins by `offsets`, which ascend. The pages of `source` are given
-/// back as the work goes on.
+/// Hands what follows the header of `file` to `write`: its tensors, with zeros between them and at the end. The pages of `source` are
+/// given back as the work goes on.
 ///
 /// # Errors
 /// The first in the order of the bytes.
 pub(super) fn stream(
-    tensors: &[Planned<'_>],
-    offsets: &[usize],
+    file: &PlannedFile<'_>,
     source: &Checkpoint,
     observer: &impl Observer,
     write: &mut (dyn FnMut(&[u8]) -> Result<(), OutputError> + Send),
 ) -> Result<(), ConvertError> {
-    let chunks = chunks(tensors, offsets);
+    let chunks = chunks(file);
     let mut made: Vec<Result<Vec<u8>, ConvertError>> = Vec::new();
     let mut read = 0;
+    let mut written = file.header.len();
     for window in chunks.chunks(WINDOW).map(Some).chain([None]) {
         if observer.interrupted() {
             return Err(ConvertError::Interrupted);
         }
         let before = std::mem::take(&mut made);
-        let (next, written) = rayon::join(
+        let (next, result) = rayon::join(
             || {
                 let window = window.unwrap_or_default();
                 window.par_iter().with_max_len(1).map(Chunk::make).collect()
@@ -258,12 +259,13 @@ pub(super) fn stream(
                 for bytes in before {
                     let bytes = bytes?;
                     write(&bytes)?;
+                    written += bytes.len();
                     observer.advanced(bytes.len() as u64);
                 }
                 Ok::<(), ConvertError>(())
             },
         );
-        written?;
+        result?;
         made = next;
         read += window.map_or(0, <[_]>::len);
         if read >= CHUNKS_HELD {
@@ -271,6 +273,7 @@ pub(super) fn stream(
             source.release();
         }
     }
+    write(&vec![0; file.length - written])?;
     Ok(())
 }
 
