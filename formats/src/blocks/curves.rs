@@ -9,7 +9,7 @@ impl ReadBlock<18, 32> for Iq4Nl {
     #[inline(always)]
     fn read(block: &[u8; 18], out: &mut [f32; 32]) {
         let d = half_at(block, 0);
-        look_up(&IQ4_NL.map(|level| d * level), &block[2..], out);
+        look_up(d, &IQ4_NL, &block[2..], out);
     }
 }
 
@@ -26,21 +26,21 @@ impl ReadBlock<17, 32> for Mxfp4 {
             exponent @ 0..2 => f32::from_bits(0x0020_0000 << exponent), // subnormal
             exponent => f32::from_bits((exponent - 1) << 23),
         };
-        look_up(
-            &FP4_DOUBLED.map(|level| half_scale * level),
-            &block[1..],
-            out,
-        );
+        look_up(half_scale, &FP4_DOUBLED, &block[1..], out);
     }
 }
 
-/// Value `i` is found by the lower half of byte `i`, value `i + 16` by the upper.
+/// Values of the curve, times `scale`. Value `i` is found by the lower half of byte `i`, value `i + 16` by the upper.
 #[inline(always)]
-fn look_up(curve: &[f32; 16], indices: &[u8], out: &mut [f32; 32]) {
+fn look_up(scale: f32, curve: &[f32; 16], indices: &[u8], out: &mut [f32; 32]) {
+    let mut scaled = *curve;
+    for value in &mut scaled {
+        *value *= scale;
+    }
     let (lower, upper) = out.split_at_mut(16);
     for ((lower, upper), byte) in lower.iter_mut().zip(upper).zip(indices) {
-        *lower = curve[usize::from(byte & 15)];
-        *upper = curve[usize::from(byte >> 4)];
+        *lower = scaled[usize::from(byte & 15)];
+        *upper = scaled[usize::from(byte >> 4)];
     }
 }
 

@@ -84,10 +84,7 @@ impl WriteBlock<18, VALUES> for Q4Zero {
             Some(inverse) => (inverse, 8.5),
             None => (0.0, 0.0),
         };
-        put_nibbles(
-            &mut block[2..],
-            &values.map(|x| level(x * inverse + offset, 15)),
-        );
+        put_nibbles(&mut block[2..], &levels(values, 0.0, inverse, offset, 15));
     }
 }
 
@@ -99,7 +96,7 @@ impl WriteBlock<20, VALUES> for Q4One {
         put_half(block, 0, d);
         put_half(block, 2, least);
         let inverse = reciprocal(d).unwrap_or(0.0);
-        let levels = values.map(|x| level((x - least) * inverse + 0.5, 15));
+        let levels = levels(values, least, inverse, 0.5, 15);
         put_nibbles(&mut block[4..], &levels);
     }
 }
@@ -114,10 +111,7 @@ impl WriteBlock<22, VALUES> for Q5Zero {
             Some(inverse) => (inverse, 16.5),
             None => (0.0, 0.0),
         };
-        put_five_bits(
-            &mut block[2..],
-            &values.map(|x| level(x * inverse + offset, 31)),
-        );
+        put_five_bits(&mut block[2..], &levels(values, 0.0, inverse, offset, 31));
     }
 }
 
@@ -129,7 +123,7 @@ impl WriteBlock<24, VALUES> for Q5One {
         put_half(block, 0, d);
         put_half(block, 2, least);
         let inverse = reciprocal(d).unwrap_or(0.0);
-        let levels = values.map(|x| level((x - least) * inverse + 0.5, 31));
+        let levels = levels(values, least, inverse, 0.5, 31);
         put_five_bits(&mut block[4..], &levels);
     }
 }
@@ -206,14 +200,23 @@ fn reciprocal(d: f32) -> Option<f32> {
     }
 }
 
-/// `x` without its fraction, at most `most`. `x` is not below 0.
+/// `(x - least) * inverse + offset` without its fraction, at most `most`, for each value; not below 0 for those of the block.
+///
+/// A loop, not a `map`: that one is not inlined, and would be compiled without the caller's vector instructions.
 #[inline(always)]
-fn level(x: f32, most: i32) -> u8 {
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "saturates, and is 0 for NaN"
-    )]
-    super::low_byte((x as i32).min(most))
+fn levels(values: &[f32; VALUES], least: f32, inverse: f32, offset: f32, most: u8) -> [u8; VALUES] {
+    let mut levels = [0; VALUES];
+    for (level, x) in levels.iter_mut().zip(values) {
+        let exact = (x - least) * inverse + offset;
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "saturates, and is 0 for NaN"
+        )]
+        let whole = exact as u8;
+        *level = whole.min(most);
+    }
+    levels
 }
 
 /// The bits of the largest magnitude: numbers without a sign are ordered as their bits are, and integers have a maximum that

@@ -290,7 +290,10 @@ fn write_q6_block(values: &[f32; VALUES], found: &Found<16>, block: &mut [u8; 21
             *low = levels[i] & 15 | levels[i + 64] << 4;
         }
     }
-    put_two_bits(&mut block[128..192], &levels.map(|level| level >> 4));
+    for level in &mut levels {
+        *level >>= 4;
+    }
+    put_two_bits(&mut block[128..192], &levels);
 }
 
 /// The values of 16 sub-blocks, side by side; zeros in the place of those that are missing.
