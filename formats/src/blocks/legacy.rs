@@ -18,9 +18,9 @@ impl ReadBlock<18, VALUES> for Q4Zero {
     #[inline(always)]
     fn read(block: &[u8; 18], out: &mut [f32; VALUES]) {
         let d = half_at(block, 0);
-        nibbles(&block[2..], out, |level| {
-            f32::from(level.cast_signed() - 8) * d
-        });
+        for (value, level) in out.iter_mut().zip(nibbles(&block[2..])) {
+            *value = f32::from(level.cast_signed() - 8) * d;
+        }
     }
 }
 
@@ -31,7 +31,9 @@ impl ReadBlock<20, VALUES> for Q4One {
     #[inline(always)]
     fn read(block: &[u8; 20], out: &mut [f32; VALUES]) {
         let (d, m) = (half_at(block, 0), half_at(block, 2));
-        nibbles(&block[4..], out, |level| f32::from(level) * d + m);
+        for (value, level) in out.iter_mut().zip(nibbles(&block[4..])) {
+            *value = f32::from(level) * d + m;
+        }
     }
 }
 
@@ -68,7 +70,9 @@ impl ReadBlock<34, VALUES> for Q8Zero {
     #[inline(always)]
     fn read(block: &[u8; 34], out: &mut [f32; VALUES]) {
         let d = half_at(block, 0);
-        for (value, level) in out.iter_mut().zip(&block[2..]) {
+        let mut levels = [0; VALUES];
+        levels.copy_from_slice(&block[2..]);
+        for (value, level) in out.iter_mut().zip(levels) {
             *value = f32::from(level.cast_signed()) * d;
         }
     }
@@ -135,26 +139,24 @@ impl WriteBlock<34, VALUES> for Q8Zero {
         let d = f32::from_bits(largest_magnitude(values)) / 127.0;
         put_half(block, 0, d);
         let inverse = reciprocal(d).unwrap_or(0.0);
-        for (level, x) in block[2..].iter_mut().zip(values) {
-            // At most 127.00001 on either side.
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "saturates, and is 0 for NaN"
-            )]
-            let rounded = (x * inverse).round() as i8;
-            *level = rounded.cast_unsigned();
+        let mut levels = [0; VALUES];
+        for (level, x) in levels.iter_mut().zip(values) {
+            // At most 127.00001 on either side before.
+            *level = whole_byte((x * inverse).round());
         }
+        block[2..].copy_from_slice(&levels);
     }
 }
 
-/// Value `i` of the lower half of byte `i`, value `i + 16` of the upper.
+/// The lower halves of 16 bytes, then the upper.
 #[inline(always)]
-fn nibbles(levels: &[u8], out: &mut [f32; VALUES], value: impl Fn(u8) -> f32) {
-    let (lower, upper) = out.split_at_mut(HALF);
-    for ((lower, upper), &byte) in lower.iter_mut().zip(upper).zip(levels) {
-        *lower = value(byte & 15);
-        *upper = value(byte >> 4);
+fn nibbles(bytes: &[u8]) -> [u8; VALUES] {
+    let mut levels = [0; VALUES];
+    for i in 0..HALF {
+        levels[i] = bytes[i] & 15;
+        levels[i + HALF] = bytes[i] >> 4;
     }
+    levels
 }
 
 #[inline(always)]
@@ -167,12 +169,8 @@ fn put_nibbles(bytes: &mut [u8], levels: &[u8; VALUES]) {
 
 /// Levels of which the fifth bits are those of a little-endian integer, in the order of the values.
 #[inline(always)]
-fn five_bits(fifth: &[u8], nibbles: &[u8]) -> [u8; VALUES] {
-    let mut levels = [0; VALUES];
-    for i in 0..HALF {
-        levels[i] = nibbles[i] & 15;
-        levels[i + HALF] = nibbles[i] >> 4;
-    }
+fn five_bits(fifth: &[u8], lower: &[u8]) -> [u8; VALUES] {
+    let mut levels = nibbles(lower);
     for i in 0..VALUES {
         levels[i] |= (fifth[i / 8] >> (i % 8) & 1) << 4;
     }
@@ -207,16 +205,18 @@ fn reciprocal(d: f32) -> Option<f32> {
 fn levels(values: &[f32; VALUES], least: f32, inverse: f32, offset: f32, most: u8) -> [u8; VALUES] {
     let mut levels = [0; VALUES];
     for (level, x) in levels.iter_mut().zip(values) {
-        let exact = (x - least) * inverse + offset;
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "saturates, and is 0 for NaN"
-        )]
-        let whole = exact as u8;
-        *level = whole.min(most);
+        *level = whole_byte(((x - least) * inverse + offset).trunc()).min(most);
     }
     levels
+}
+
+/// The lowest 8 bits of a whole number between -2^22 and 2^22, negative ones in two's complement; 0 for the NaN of 0 * infinity.
+///
+/// The sum is between 2^23 and 2^24, where the last bit of a float counts ones. A conversion by `as` saturates, which does not
+/// vectorize.
+#[inline(always)]
+fn whole_byte(whole: f32) -> u8 {
+    (whole + 12_582_912.0).to_bits().to_le_bytes()[0]
 }
 
 /// The bits of the largest magnitude: numbers without a sign are ordered as their bits are, and integers have a maximum that
