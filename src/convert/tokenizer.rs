@@ -14,13 +14,21 @@
 //! and not the longest first. And of equal merges in one row of equal characters, the one that is made first may
 //! be another.
 //!
-//! Source: llama.cpp, `src/llama-vocab.cpp` (`llama_vocab::impl::load`, `tokenize`) and `src/unicode.cpp`, of November 2026.
+//! Source: llama.cpp, `src/llama-vocab.cpp` (`llama_vocab::impl::load`, `tokenize`) and `src/unicode.cpp`, of llama-cpp-python 0.3.36.
 
 mod error;
+mod folder;
 mod json;
+mod known;
+mod metadata;
 mod pieces;
 mod pre;
+mod sentencepiece;
+mod special;
 mod vocabulary;
 
 pub use error::TokenizerError;
+pub use folder::TokenizerFolder;
 pub use json::{TokenizerTexts, from_metadata};
+pub use metadata::{TokenizerOptions, to_metadata};
+pub use sentencepiece::PiecesError;
