@@ -384,7 +384,7 @@ impl Job<'_, '_> {
             .collect();
         for path in &self.side_files {
             let role = match Some(path) == self.args.tokenizer_from.as_ref() {
-                true => Role::Other("tokenizer".to_owned()),
+                true => Role::Tokenizer,
                 false => Role::Checkpoint,
             };
             let digest = Sha256::of_file(path)
