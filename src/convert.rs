@@ -32,6 +32,7 @@ pub use patched::PatchedType;
 pub use stored::{StoredModel, StoredModelError};
 pub use to_adapter::{AdapterBase, AdapterSettings};
 pub use to_gguf::{GgufSettings, Texts};
+pub use write::CONVERSION_BYTES;
 
 use crate::model::{ConfigError, WeightsError};
 use config::GgufConfigError;

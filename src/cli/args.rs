@@ -13,6 +13,7 @@ use clap_complete::Shell;
 use panacea_formats::Dtype;
 use panacea_patch::apply::Strength;
 use panacea_patch::compact::EnergyShare;
+use panacea_patch::convert::types::FileType;
 use panacea_patch::data::{DataPath, TemplateChoice};
 use panacea_patch::model::TargetSelection;
 
@@ -49,6 +50,8 @@ pub(crate) enum Command {
     Optimize(Box<OptimizeArgs>),
     /// Add a perturbation from a file to the checkpoint that it was made for.
     Apply(ApplyArgs),
+    /// Make a GGUF file of a Hugging Face checkpoint, or a Hugging Face directory of a GGUF file.
+    Convert(ConvertArgs),
     /// Check files against their signature, or, without a key, against their manifest.
     Verify(VerifyArgs),
     /// Tell what a checkpoint, perturbation, manifest or signature holds.
@@ -177,6 +180,51 @@ pub(crate) struct ApplyArgs {
 
     #[command(flatten)]
     pub(crate) addition: AdditionArgs,
+    #[command(flatten)]
+    pub(crate) writing: WritingArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Make a GGUF file of a Hugging Face checkpoint, or a Hugging Face directory of a GGUF file.
+///
+/// The GGUF file has the bytes that llama.cpp's own programs give it: `convert_hf_to_gguf.py` for `f32`, `f16`, `bf16` and `q8_0`, and
+/// `llama-quantize`, from the `f32` file, for the others. A directory has every tensor as it is computed with, rounded to the nearest.
+#[derive(Args, Debug)]
+pub(crate) struct ConvertArgs {
+    /// A Hugging Face directory, one `.safetensors` file with its config and tokenizer beside it, or a `.gguf` file.
+    #[arg(value_name = "SOURCE")]
+    pub(crate) source: PathBuf,
+
+    /// Where to write [default: `<source>-<type>.gguf` or `<source>-hf` beside it].
+    #[arg(short, long, value_name = "PATH", help_heading = OUTPUT)]
+    pub(crate) output: Option<PathBuf>,
+
+    /// The type of the file, such as `q4_k_m`; of a directory `f32`, `f16` or `bf16`.
+    ///
+    /// Default: the type of the source's matrices; of a directory `bf16`. Written are f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q2_k,
+    /// q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m and q6_k.
+    #[arg(long = "type", value_name = "TYPE", value_parser = explained::<FileType>, help_heading = OUTPUT)]
+    pub(crate) file_type: Option<FileType>,
+
+    /// Store the tensors that a patch touched in this type, such as `q8_0` or `f16`, where the file's would have fewer bits.
+    ///
+    /// Which these are is read from the `panacea.manifest.json` beside the source.
+    #[arg(long, value_name = "TYPE", value_parser = patchable_type, help_heading = OUTPUT)]
+    pub(crate) patched_type: Option<Dtype>,
+
+    /// Divide the output into files of at most this size, such as `5G`, in a directory.
+    #[arg(long, value_name = "SIZE", value_parser = explained::<MemorySize>, help_heading = OUTPUT)]
+    pub(crate) max_shard_bytes: Option<MemorySize>,
+
+    /// What llama.cpp calls the way in which the tokenizer cuts text, for a tokenizer that it does not know, such as `llama-bpe`.
+    #[arg(long, value_name = "NAME", conflicts_with = "tokenizer_from", help_heading = OUTPUT)]
+    pub(crate) pre: Option<String>,
+
+    /// Take the tokenizer from this GGUF file of the same base model.
+    #[arg(long, value_name = "BASE.gguf", help_heading = OUTPUT)]
+    pub(crate) tokenizer_from: Option<PathBuf>,
+
     #[command(flatten)]
     pub(crate) writing: WritingArgs,
     #[command(flatten)]
@@ -653,6 +701,7 @@ Examples:
       the control: noise of the same norm
   panacea-patch ./my-adapter --base ./llama --harmful h.jsonl --merge -o ./safe
       a LoRA adapter, patched in its A and B, and merged into its base
+  panacea-patch convert ./safe --type q4_k_m -o safe.gguf
   panacea-patch verify ./safe --key release.pub.pem
 
 Exit codes:

@@ -162,9 +162,10 @@ impl Failure {
 }
 
 /// The subcommands, for slips in them.
-const COMMANDS: [&str; 8] = [
+const COMMANDS: [&str; 9] = [
     "optimize",
     "apply",
+    "convert",
     "verify",
     "inspect",
     "keygen",

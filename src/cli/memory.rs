@@ -27,6 +27,13 @@ pub(super) struct MemoryPlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MemorySize(u64);
 
+impl MemorySize {
+    /// In bytes.
+    pub(super) fn bytes(self) -> u64 {
+        self.0
+    }
+}
+
 impl MemoryPlan {
     /// Chooses the fastest way that keeps to the budget: `given`, or what is free.
     ///

@@ -7,6 +7,7 @@ mod adapter;
 mod apply;
 mod args;
 mod base;
+mod convert;
 mod error;
 mod find;
 mod form;
@@ -20,6 +21,7 @@ mod output;
 mod patch;
 mod plan;
 mod report;
+mod seal;
 mod settings;
 mod sign;
 mod verify;
@@ -53,6 +55,7 @@ fn run(cli: &Cli) -> Exit {
         None => ("patch", &cli.patch.run),
         Some(Command::Optimize(args)) => ("optimize", &args.run),
         Some(Command::Apply(args)) => ("apply", &args.run),
+        Some(Command::Convert(args)) => ("convert", &args.run),
         Some(Command::Verify(args)) => ("verify", &args.run),
         Some(Command::Inspect(args)) => ("inspect", &args.run),
         Some(Command::Keygen(args)) => ("keygen", &args.run),
@@ -89,6 +92,7 @@ fn dispatch(cli: &Cli, reporter: &Reporter) -> Result<(), Failure> {
         None => patch::run(&cli.patch, reporter),
         Some(Command::Optimize(args)) => optimize::run(args, reporter),
         Some(Command::Apply(args)) => apply::run(args, reporter),
+        Some(Command::Convert(args)) => convert::run(args, reporter),
         Some(Command::Verify(args)) => verify::run(args, reporter),
         Some(Command::Inspect(args)) => inspect::run(args, reporter),
         Some(Command::Keygen(args)) => keygen::run(args, reporter),

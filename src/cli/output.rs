@@ -11,17 +11,14 @@ use panacea_formats::{
     SideFiles, WrittenFile, copied_bytes, shown,
 };
 use panacea_patch::apply::{Applied, ApplySettings, RealizedChange, Wanted};
-use panacea_patch::manifest::{
-    Byproduct, Dependency, FileDigest, FileName, MANIFEST_NAME, PrivateKey, Provenance, Role,
-    SIGNATURE_NAME, Signature, Statement, Timestamp, ignored_by_default, manifest_path,
-    signature_path,
-};
+use panacea_patch::manifest::{Byproduct, Dependency, FileName, Provenance, Role, Timestamp};
 use serde_json::{Map, Value, json};
 
 use super::args::WritingArgs;
 use super::error::{Exit, Failure};
 use super::model::Model;
 use super::report::{CopyWatch, Reporter, Table, bytes, number, percent};
+use super::seal::{Seal, name_of};
 
 /// A place for a patched checkpoint that was free, or may be replaced, when it was looked at.
 #[derive(Debug)]
@@ -30,8 +27,7 @@ pub(super) struct Output {
     overwrite: Overwrite,
     /// What it is made from: it may be none of these.
     inputs: Vec<PathBuf>,
-    key: Option<PrivateKey>,
-    finished_on: Option<Timestamp>,
+    seal: Seal,
 }
 
 /// A patched checkpoint on the disk.
@@ -85,15 +81,14 @@ impl Output {
             target,
             overwrite,
             inputs,
-            key: args.sign_key.as_deref().map(PrivateKey::read).transpose()?,
-            finished_on: source_date()?,
+            seal: Seal::read(args.sign_key.as_deref())?,
         };
         let needed = copied_bytes(checkpoint)?.saturating_add(MANIFEST_ROOM);
         let inputs = output.inputs();
         match checkpoint.layout() {
             layout if layout.is_one_file() => {
                 OutputFile::check(&output.target, overwrite, &inputs, needed)?;
-                for path in output.beside() {
+                for path in output.seal.paths_beside(&output.target) {
                     OutputFile::check(&path, overwrite, &inputs, 0)?;
                 }
             }
@@ -111,7 +106,7 @@ impl Output {
 
     /// Whether it will be signed.
     pub(super) fn is_signed(&self) -> bool {
-        self.key.is_some()
+        self.seal.signs()
     }
 
     /// Writes `model` with `wanted` added. `origin` is asked for when the weights are written.
@@ -163,37 +158,17 @@ impl Output {
         output.require_space(copied_bytes(model.copied())?.saturating_add(MANIFEST_ROOM))?;
         let destination = Destination::Directory(&mut output);
         let applied = model.add(wanted, settings, destination, watch)?;
-        let ignored = ignored_by_default(Some(SIGNATURE_NAME.parse()?));
-        // The repository's own files are in no signature, so that they may change; nor are they subjects of the manifest.
-        let mut listed: Vec<FileDigest> = Vec::new();
-        for file in &applied.files {
-            let name: FileName = file.name.parse()?;
-            if !ignored.iter().any(|ignored| name.is_within(ignored)) {
-                listed.push(FileDigest {
-                    name,
-                    digest: file.sha256,
-                });
-            }
-        }
         let role = model.copied_role();
-        let provenance = origin().provenance(&applied, &role, self.finished_on)?;
-        let manifest = Statement::new(listed.clone(), provenance)?.to_json();
+        let provenance = origin().provenance(&applied, &role, self.seal.finished_on())?;
         let mut files = applied.files;
-        let manifest = output.write_file(MANIFEST_NAME, manifest.as_bytes())?;
-        listed.push(FileDigest {
-            name: MANIFEST_NAME.parse()?,
-            digest: manifest.sha256,
-        });
-        files.push(manifest);
-        if let Some(key) = &self.key {
-            let signature = Signature::of_directory(&self.name(), listed, ignored, key)?;
-            files.push(output.write_file(SIGNATURE_NAME, signature.to_json().as_bytes())?);
-        }
+        let name = name_of(&self.target);
+        self.seal
+            .add_to(&mut output, &name, &mut files, provenance)?;
         let committed = output.commit()?;
         let written = Written {
             files,
             realized: applied.realized,
-            signed_with: self.key.map(|key| key.public_key().hint()),
+            signed_with: self.seal.signed_with(),
             target: self.target,
         };
         Ok((written, applied.side_files, vec![committed]))
@@ -211,50 +186,18 @@ impl Output {
         let mut output = OutputFile::create(&self.target, self.overwrite, &inputs)?;
         output.require_space(copied_bytes(model.copied())?.saturating_add(MANIFEST_ROOM))?;
         let applied = model.add(wanted, settings, Destination::File(&mut output), watch)?;
-        let weights = output.finish()?;
+        output.finish()?;
         let role = model.copied_role();
-        let provenance = origin().provenance(&applied, &role, self.finished_on)?;
-        let subject = FileDigest {
-            name: weights.name.parse()?,
-            digest: weights.sha256,
-        };
-        let text = Statement::new(vec![subject], provenance)?.to_json();
-        let digest = Sha256::of(text.as_bytes());
-        let mut beside = vec![(manifest_path(&self.target), text)];
-        if let Some(key) = &self.key {
-            let signature = Signature::of_file(&self.name(), weights.sha256, Some(digest), key);
-            beside.push((signature_path(&self.target), signature.to_json()));
-        }
+        let provenance = origin().provenance(&applied, &role, self.seal.finished_on())?;
         let mut files = applied.files;
-        let mut outputs = Vec::new();
-        for (path, text) in &beside {
-            let mut output = OutputFile::create(path, self.overwrite, &inputs)?;
-            output.write_all(text.as_bytes())?;
-            files.push(output.finish()?);
-            outputs.push(output);
-        }
-        let mut committed = Vec::new();
-        for output in outputs {
-            committed.push(output.commit()?);
-        }
-        if self.overwrite == Overwrite::Replace && self.key.is_none() {
-            // A signature of the bytes that are replaced would only make the new ones look forged.
-            match std::fs::remove_file(signature_path(&self.target)) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Failure::doing(
-                        Exit::Environment,
-                        "cannot remove the signature of the file that is replaced",
-                        &error,
-                    ));
-                }
-                _ => {}
-            }
-        }
-        committed.push(output.commit()?);
+        let place = (self.target.as_path(), self.overwrite, inputs.as_slice());
+        let committed = self
+            .seal
+            .commit_with(output, place, &mut files, provenance)?;
         let written = Written {
             files,
             realized: applied.realized,
-            signed_with: self.key.map(|key| key.public_key().hint()),
+            signed_with: self.seal.signed_with(),
             target: self.target,
         };
         Ok((written, applied.side_files, committed))
@@ -262,21 +205,6 @@ impl Output {
 
     fn inputs(&self) -> Vec<&Path> {
         self.inputs.iter().map(PathBuf::as_path).collect()
-    }
-
-    /// Files that belong beside a lone file.
-    fn beside(&self) -> Vec<PathBuf> {
-        let mut paths = vec![manifest_path(&self.target)];
-        if self.is_signed() {
-            paths.push(signature_path(&self.target));
-        }
-        paths
-    }
-
-    /// What the checkpoint is called in its signature.
-    fn name(&self) -> String {
-        let name = self.target.file_name().unwrap_or_default();
-        name.to_string_lossy().into_owned()
     }
 }
 
@@ -471,7 +399,7 @@ pub(super) fn default_perturbation(checkpoint: &Checkpoint) -> Result<PathBuf, F
 }
 
 /// The path itself, or what `.` and the like stand for.
-fn named_path(path: &Path) -> Result<PathBuf, Failure> {
+pub(super) fn named_path(path: &Path) -> Result<PathBuf, Failure> {
     match path.file_name() {
         // Without a slash at the end, which would become part of a suffix's way.
         Some(name) => Ok(path.with_file_name(name)),
@@ -486,7 +414,7 @@ fn named_path(path: &Path) -> Result<PathBuf, Failure> {
     }
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut path = path.as_os_str().to_owned();
     path.push(suffix);
     PathBuf::from(path)
@@ -512,26 +440,8 @@ fn tell_of_side_files(side_files: &SideFiles, reporter: &Reporter) {
     }
 }
 
-/// The one time that a manifest may tell.
-fn source_date() -> Result<Option<Timestamp>, Failure> {
-    const VARIABLE: &str = "SOURCE_DATE_EPOCH";
-    let Some(value) = std::env::var_os(VARIABLE) else {
-        return Ok(None);
-    };
-    Timestamp::from_source_date_epoch(&value.to_string_lossy())
-        .map(Some)
-        .map_err(|error| {
-            Failure::doing(
-                Exit::Usage,
-                format!("the environment variable `{VARIABLE}` is not a time"),
-                &error,
-            )
-            .hint(format!("unset `{VARIABLE}`, or set it to `date +%s`"))
-        })
-}
-
 /// Room kept for the manifest and the signature, which grow with the number of files.
-const MANIFEST_ROOM: u64 = 1 << 20;
+pub(super) const MANIFEST_ROOM: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {

@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use panacea_formats::{ADAPTER_CONFIG_FILE, Checkpoint, Layout, Perturbation, copied_bytes};
+use panacea_patch::convert::CONVERSION_BYTES;
 use panacea_patch::manifest::{manifest_path, signature_path};
 use panacea_patch::model::{Decoder, EncodedRow};
 use panacea_patch::optimize::{Radius, Rows, Settings};
@@ -145,6 +146,25 @@ impl Plan {
             perturbation.file().length() as u64,
         ));
         Ok(plan)
+    }
+
+    /// A conversion that reads files of some length, and writes those at `writes`, of `written_bytes` together.
+    pub(super) fn of_conversion(
+        target: &Path,
+        reads: Vec<(String, u64)>,
+        writes: Vec<String>,
+        written_bytes: u64,
+    ) -> Self {
+        Self {
+            output: target.display().to_string(),
+            reads,
+            writes,
+            written_bytes,
+            written: "",
+            memory: vec![("rows on their way", CONVERSION_BYTES)],
+            operations: 0.0,
+            targets: None,
+        }
     }
 
     fn of_copy(model: &Model, output: &Output) -> Result<Self, Failure> {

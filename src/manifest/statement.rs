@@ -238,7 +238,7 @@ pub struct Dependency {
 #[serde(from = "String", into = "String")]
 #[non_exhaustive]
 pub enum Role {
-    /// A file of the checkpoint that was patched.
+    /// A file of the checkpoint that was patched or converted.
     Checkpoint,
     /// A file of the model that the patched checkpoint is a LoRA adapter of.
     Base,
@@ -252,6 +252,8 @@ pub enum Role {
     BenignSet,
     /// Refusals of the harmful set's requests.
     RefusalSet,
+    /// A GGUF file whose tokenizer was taken.
+    Tokenizer,
     /// A role that a later version gave.
     Other(String),
 }
@@ -267,6 +269,7 @@ impl Role {
             Self::TaskSet => "task-set",
             Self::BenignSet => "benign-set",
             Self::RefusalSet => "refusal-set",
+            Self::Tokenizer => "tokenizer",
             Self::Other(role) => role,
         }
     }
@@ -274,7 +277,7 @@ impl Role {
 
 impl From<String> for Role {
     fn from(text: String) -> Self {
-        const KNOWN: [Role; 7] = [
+        const KNOWN: [Role; 8] = [
             Role::Checkpoint,
             Role::Base,
             Role::Perturbation,
@@ -282,6 +285,7 @@ impl From<String> for Role {
             Role::TaskSet,
             Role::BenignSet,
             Role::RefusalSet,
+            Role::Tokenizer,
         ];
         KNOWN
             .into_iter()
