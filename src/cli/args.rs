@@ -192,9 +192,13 @@ pub(crate) struct ApplyArgs {
 /// `llama-quantize`, from the `f32` file, for the others. A directory has every tensor as it is computed with, rounded to the nearest.
 #[derive(Args, Debug)]
 pub(crate) struct ConvertArgs {
-    /// A Hugging Face directory, one `.safetensors` file with its config and tokenizer beside it, or a `.gguf` file.
+    /// A Hugging Face directory, one `.safetensors` file with its config and tokenizer beside it, or a `.gguf` file; a PEFT directory or a
+    /// perturbation of low rank becomes a GGUF adapter.
     #[arg(value_name = "SOURCE")]
     pub(crate) source: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) base: BaseArgs,
 
     /// Where to write [default: `<source>-<type>.gguf` or `<source>-hf` beside it].
     #[arg(short, long, value_name = "PATH", help_heading = OUTPUT)]
@@ -312,7 +316,7 @@ pub(crate) struct SignArgs {
 /// What a LoRA adapter is for.
 #[derive(Args, Debug, Default)]
 pub(crate) struct BaseArgs {
-    /// The model that a LoRA adapter is for.
+    /// The model that a LoRA adapter, or a perturbation that becomes one, is for.
     ///
     /// Default: what its config names, as a path from here or from the adapter's directory, or in the Hugging Face cache.
     /// Nothing is downloaded.

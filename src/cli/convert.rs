@@ -1,5 +1,7 @@
 //! `convert`: a Hugging Face checkpoint in and a GGUF file out, or the other way round.
 
+mod adapter;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -26,6 +28,7 @@ use serde_json::{Map, Value, json};
 use super::args::ConvertArgs;
 use super::error::{Exit, Failure};
 use super::find::required_side_file;
+use super::inspect::is_perturbation;
 use super::interrupt;
 use super::output::{MANIFEST_ROOM, files_json, named_path, object, with_suffix};
 use super::plan::Plan;
@@ -40,7 +43,19 @@ pub(super) fn run(args: &ConvertArgs, reporter: &Reporter) -> Result<(), Failure
         args.source.display(),
         checkpoint.tensors().count()
     ));
-    match checkpoint.layout().is_gguf() {
+    let layout = checkpoint.layout();
+    if layout == Layout::Adapter {
+        return adapter::of_peft(args, &checkpoint, reporter);
+    }
+    if layout == Layout::LoneFile && is_perturbation(&args.source)? {
+        return adapter::of_perturbation(args, &checkpoint, reporter);
+    }
+    if args.base.path.is_some() {
+        return Err(Failure::usage("`--base` has no effect here")
+            .because(format!("`{}` is a whole model", args.source.display()))
+            .hint("leave out `--base`"));
+    }
+    match layout.is_gguf() {
         true => to_directory(args, &checkpoint, reporter),
         false => to_gguf(args, &checkpoint, reporter),
     }
@@ -87,6 +102,8 @@ fn to_directory(
         conversion,
         target,
         is_directory: true,
+        role: Role::Checkpoint,
+        direction: "gguf-to-huggingface",
         kind: file_type.name(),
         side_files: Vec::new(),
         parameters: Map::new(),
@@ -99,16 +116,6 @@ fn to_gguf(
     checkpoint: &Checkpoint,
     reporter: &Reporter,
 ) -> Result<(), Failure> {
-    if checkpoint.layout() == Layout::Adapter {
-        return Err(Failure::new(
-            Exit::Refused,
-            format!("`{}` is a LoRA adapter", args.source.display()),
-        )
-        .because("only whole models are converted")
-        .hint(
-            "merge it into its base first: `panacea-patch apply` or the whole job, with --merge",
-        ));
-    }
     let mut side_files = vec![required_side_file(checkpoint, "config.json")?];
     let others = SIDE_FILES
         .iter()
@@ -208,8 +215,13 @@ fn to_gguf(
         conversion,
         target,
         is_directory,
+        role: Role::Checkpoint,
+        direction: "huggingface-to-gguf",
         kind: file_type.name(),
-        side_files,
+        side_files: side_files
+            .into_iter()
+            .map(|path| (Role::Checkpoint, path))
+            .collect(),
         parameters,
     };
     job.run(reporter)
@@ -231,6 +243,10 @@ const SIDE_FILES: &[&str] = &[
 struct Job<'a, 'c> {
     args: &'a ConvertArgs,
     checkpoint: &'c Checkpoint,
+    /// What a manifest calls the source.
+    role: Role,
+    /// What is made of what, in a manifest.
+    direction: &'static str,
     conversion: Conversion<'c>,
     target: PathBuf,
     /// Whether there will be several files, in a directory at `target`.
@@ -238,7 +254,7 @@ struct Job<'a, 'c> {
     /// The type's name.
     kind: &'static str,
     /// What is read besides weights.
-    side_files: Vec<PathBuf>,
+    side_files: Vec<(Role, PathBuf)>,
     parameters: Map<String, Value>,
 }
 
@@ -253,7 +269,9 @@ impl Job<'_, '_> {
                 self.conversion.left_out
             ));
         }
-        self.side_files.extend(self.args.tokenizer_from.clone());
+        let tokenizer = self.args.tokenizer_from.iter();
+        self.side_files
+            .extend(tokenizer.map(|path| (Role::Tokenizer, path.clone())));
         let seal = Seal::read(self.args.writing.sign_key.as_deref())?;
         let inputs = self.inputs();
         let inputs: Vec<&Path> = inputs.iter().map(PathBuf::as_path).collect();
@@ -299,7 +317,7 @@ impl Job<'_, '_> {
     /// What the output may not be, nor lie in.
     fn inputs(&self) -> Vec<PathBuf> {
         let mut inputs = vec![self.checkpoint.path().to_owned()];
-        inputs.extend(self.side_files.iter().cloned());
+        inputs.extend(self.side_files.iter().map(|(_, path)| path.clone()));
         inputs.extend(self.args.writing.sign_key.clone());
         inputs
     }
@@ -380,23 +398,19 @@ impl Job<'_, '_> {
         };
         let shards = self.checkpoint.files().par_iter();
         let mut all: Vec<Dependency> = shards
-            .map(|shard| dependency(Role::Checkpoint, shard.name.clone(), shard.file.digest()))
+            .map(|shard| dependency(self.role.clone(), shard.name.clone(), shard.file.digest()))
             .collect();
-        for path in &self.side_files {
-            let role = match Some(path) == self.args.tokenizer_from.as_ref() {
-                true => Role::Tokenizer,
-                false => Role::Checkpoint,
-            };
+        for (role, path) in &self.side_files {
             let digest = Sha256::of_file(path)
                 .map_err(|error| Failure::from(FormatError::new(path, error)))?;
-            all.push(dependency(role, name_of(path), digest));
+            all.push(dependency(role.clone(), name_of(path), digest));
         }
         Ok(all)
     }
 
     fn provenance(&self, dependencies: Vec<Dependency>, seal: &Seal) -> Provenance {
         let mut parameters = self.parameters.clone();
-        parameters.insert("conversion".to_owned(), json!(self.direction()));
+        parameters.insert("conversion".to_owned(), json!(self.direction));
         parameters.insert("type".to_owned(), json!(self.kind));
         if let Some(size) = self.args.max_shard_bytes {
             parameters.insert("max_shard_bytes".to_owned(), json!(size.bytes()));
@@ -410,13 +424,6 @@ impl Job<'_, '_> {
         }
     }
 
-    fn direction(&self) -> &'static str {
-        match self.checkpoint.layout().is_gguf() {
-            true => "gguf-to-huggingface",
-            false => "huggingface-to-gguf",
-        }
-    }
-
     fn plan(&self, seal: &Seal) -> Plan {
         let mut reads: Vec<(String, u64)> = self
             .checkpoint
@@ -424,7 +431,7 @@ impl Job<'_, '_> {
             .iter()
             .map(|shard| (shard.name.clone(), shard.file.length() as u64))
             .collect();
-        for path in &self.side_files {
+        for (_, path) in &self.side_files {
             let length = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
             reads.push((name_of(path), length));
         }
@@ -496,7 +503,7 @@ impl Job<'_, '_> {
         let report = Report {
             output: Some(self.target.display().to_string()),
             found: Some(json!({
-                "conversion": self.direction(),
+                "conversion": self.direction,
                 "type": self.kind,
                 "tensors": counts,
                 "losses": self.conversion.losses,

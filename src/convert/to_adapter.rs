@@ -12,18 +12,60 @@ use panacea_formats::{Adapter, Checkpoint, Dtype, Perturbation, TensorView};
 
 use super::config::GgufConfig;
 use super::conversion::Conversion;
-use super::names::{Architecture, Place};
+use super::names::{Architecture, HeadRows, Place, Source};
 use super::to_gguf::files;
 use super::write::{Content, Planned, RowOrder};
-use super::{ConvertError, StoredModel, names};
+use super::{ConvertError, StoredModel};
 
-/// What an adapter is over: a model whose tensors have Hugging Face's names, or GGUF's.
+/// What an adapter is over.
 #[derive(Clone, Copy, Debug)]
-pub enum AdapterBase<'a> {
-    /// A model with this `config.json`.
-    Config(&'a str),
-    /// A GGUF file.
-    Stored(&'a StoredModel),
+pub struct AdapterBase {
+    architecture: &'static Architecture,
+    head_dim: usize,
+}
+
+impl AdapterBase {
+    /// The model whose `config.json` has the text `config`.
+    ///
+    /// # Errors
+    /// When it is refused, or GGUF has no architecture for it.
+    pub fn of_config(config: &str) -> Result<Self, ConvertError> {
+        let config = GgufConfig::parse(config)?;
+        Ok(Self {
+            architecture: config.architecture,
+            head_dim: config.config.head_dim,
+        })
+    }
+
+    /// The model in the GGUF file `checkpoint`.
+    ///
+    /// # Errors
+    /// When it is none that is known here.
+    pub fn of_gguf(checkpoint: &Checkpoint) -> Result<Self, ConvertError> {
+        let model = StoredModel::of(checkpoint)?;
+        Ok(Self {
+            architecture: model.architecture(),
+            head_dim: model.config(checkpoint)?.head_dim,
+        })
+    }
+
+    /// The name in GGUF of the base's tensor `name`, which may be one of GGUF's, and the order of its rows there.
+    fn place(self, name: &str) -> Result<(String, RowOrder), ConvertError> {
+        if let Some(Source::Whole(_)) = self.architecture.source(name) {
+            return Ok((name.to_owned(), RowOrder::Same));
+        }
+        let Some(Place::Whole(place)) = self.architecture.place(name) else {
+            return Err(ConvertError::NoPlace {
+                tensor: name.to_owned(),
+                architecture: self.architecture.name,
+            });
+        };
+        let order = match self.architecture.reordered_rows(&place) {
+            Some(HeadRows::Query | HeadRows::Key) => RowOrder::Interleaved(self.head_dim),
+            None => RowOrder::Same,
+        };
+        Ok((place, order))
+    }
 }
 
 /// What a GGUF adapter is to be.
@@ -43,7 +85,7 @@ impl<'c> Conversion<'c> {
     pub fn of_adapter(
         checkpoint: &'c Checkpoint,
         adapter: &Adapter<'c>,
-        base: AdapterBase<'_>,
+        base: AdapterBase,
         settings: AdapterSettings<'_>,
     ) -> Result<Self, ConvertError> {
         if let Some(saved) = adapter.saved().first() {
@@ -62,15 +104,15 @@ impl<'c> Conversion<'c> {
         Self::adapter(checkpoint, modules.collect(), base, settings)
     }
 
-    /// Plans the GGUF adapter that `perturbation`, whose matrices are all of low rank, becomes; `checkpoint` is the model that it was
-    /// made for.
+    /// Plans the GGUF adapter that `perturbation`, whose matrices are all of low rank, becomes; `checkpoint` is the file that it is
+    /// in.
     ///
     /// # Errors
     /// When a matrix has another form, or is none of the base's.
     pub fn of_perturbation(
         checkpoint: &'c Checkpoint,
         perturbation: &Perturbation,
-        base: AdapterBase<'_>,
+        base: AdapterBase,
         settings: AdapterSettings<'_>,
     ) -> Result<Self, ConvertError> {
         let modules = perturbation.deltas().map(|delta| {
@@ -94,13 +136,12 @@ impl<'c> Conversion<'c> {
     fn adapter(
         checkpoint: &'c Checkpoint,
         modules: Vec<LowRank<'c>>,
-        base: AdapterBase<'_>,
+        base: AdapterBase,
         settings: AdapterSettings<'_>,
     ) -> Result<Self, ConvertError> {
-        let naming = Naming::of(base)?;
         let mut placed = Vec::with_capacity(modules.len());
         for module in modules {
-            placed.push((naming.place(&module.weight)?, module));
+            placed.push((base.place(&module.weight)?, module));
         }
         // A module of scale 0 says nothing about what the others have in common.
         let alpha = placed
@@ -127,7 +168,7 @@ impl<'c> Conversion<'c> {
         }
         let mut metadata = Metadata::default();
         let text = |text: &str| Value::Text(text.to_owned());
-        metadata.set("general.architecture", text(naming.architecture.name));
+        metadata.set("general.architecture", text(base.architecture.name));
         metadata.set("general.type", text("adapter"));
         metadata.set("adapter.type", text("lora"));
         metadata.set("general.name", text(settings.name));
@@ -203,54 +244,5 @@ impl<'c> Factor<'c> {
             made.extend(row.iter().map(|value| value * factor));
         }
         Ok(Content::Made(made))
-    }
-}
-
-/// What the base's tensors are called in GGUF.
-struct Naming<'a> {
-    architecture: &'static Architecture,
-    head_dim: usize,
-    stored: Option<&'a StoredModel>,
-}
-
-impl<'a> Naming<'a> {
-    fn of(base: AdapterBase<'a>) -> Result<Self, ConvertError> {
-        Ok(match base {
-            AdapterBase::Config(text) => {
-                let config = GgufConfig::parse(text)?;
-                Self {
-                    architecture: config.architecture,
-                    head_dim: config.config.head_dim,
-                    stored: None,
-                }
-            }
-            AdapterBase::Stored(stored) => Self {
-                architecture: stored.architecture(),
-                head_dim: 0,
-                stored: Some(stored),
-            },
-        })
-    }
-
-    /// The name in GGUF of the base's tensor `name`, and the order of its rows there.
-    fn place(&self, name: &str) -> Result<(String, RowOrder), ConvertError> {
-        if self.stored.is_some_and(|stored| stored.holds(name)) {
-            return Ok((name.to_owned(), RowOrder::Same));
-        }
-        match self.architecture.place(name) {
-            Some(Place::Whole(place)) if self.stored.is_none() => {
-                let order = match self.architecture.reordered_rows(&place) {
-                    Some(names::HeadRows::Query | names::HeadRows::Key) => {
-                        RowOrder::Interleaved(self.head_dim)
-                    }
-                    None => RowOrder::Same,
-                };
-                Ok((place, order))
-            }
-            _ => Err(ConvertError::NoPlace {
-                tensor: name.to_owned(),
-                architecture: self.architecture.name,
-            }),
-        }
     }
 }
