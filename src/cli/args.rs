@@ -103,6 +103,8 @@ pub(crate) struct PatchArgs {
     #[command(flatten)]
     pub(crate) addition: AdditionArgs,
     #[command(flatten)]
+    pub(crate) gguf: GgufArgs,
+    #[command(flatten)]
     pub(crate) writing: WritingArgs,
     #[command(flatten)]
     pub(crate) data: DataArgs,
@@ -180,6 +182,8 @@ pub(crate) struct ApplyArgs {
 
     #[command(flatten)]
     pub(crate) addition: AdditionArgs,
+    #[command(flatten)]
+    pub(crate) gguf: GgufArgs,
     #[command(flatten)]
     pub(crate) writing: WritingArgs,
     #[command(flatten)]
@@ -451,13 +455,38 @@ pub(crate) struct AdditionArgs {
     #[arg(long, value_name = "HOW")]
     pub(crate) rounding: Option<RoundingName>,
 
-    /// Store patched tensors of a GGUF file in this type, such as `q8_0` or `f16`, where their own has fewer bits.
+    /// Store patched tensors of a GGUF file in this type, such as `q8_0` or `f16`, where the file's has fewer bits.
     #[arg(long, value_name = "TYPE", value_parser = patchable_type)]
     pub(crate) patched_type: Option<Dtype>,
 
     /// Refuse to patch quantized tensors that keep less than this share of the perturbation [default: 0.5].
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub(crate) min_realized: Option<f64>,
+}
+
+/// A patched directory that becomes a GGUF file in the same run.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct GgufArgs {
+    /// Write the patched model as a GGUF file of this type, such as `q4_k_m`, instead of a directory; `convert` has the types.
+    ///
+    /// The bytes are those of `convert` over the patched directory, which is written beside the output and removed. Patched tensors get at
+    /// least `--patched-type`. Default output: `<dir>-panacea-<type>.gguf`.
+    #[arg(long, value_name = "TYPE", value_parser = explained::<FileType>)]
+    pub(crate) gguf: Option<FileType>,
+
+    /// What llama.cpp calls the way in which the tokenizer cuts text, for a tokenizer that it does not know, such as `llama-bpe`.
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "tokenizer_from",
+        requires = "gguf"
+    )]
+    pub(crate) pre: Option<String>,
+
+    /// Take the tokenizer from this GGUF file of the same base model.
+    #[arg(long, value_name = "BASE.gguf", requires = "gguf")]
+    pub(crate) tokenizer_from: Option<PathBuf>,
 }
 
 /// In which form a perturbation is written. Dense where nothing is asked for.

@@ -116,50 +116,10 @@ fn to_gguf(
     checkpoint: &Checkpoint,
     reporter: &Reporter,
 ) -> Result<(), Failure> {
-    let mut side_files = vec![required_side_file(checkpoint, "config.json")?];
-    let others = SIDE_FILES
-        .iter()
-        .filter_map(|name| checkpoint.side_file(name));
-    side_files.extend(others);
-    let config = read(&side_files[0])?;
-    let optional = |name: &str| {
-        checkpoint
-            .side_file(name)
-            .map(|path| read(&path))
-            .transpose()
-    };
-    let card = optional("README.md")?;
-    let generation = optional("generation_config.json")?;
-    let parsed =
-        GgufConfig::parse(&config).map_err(|error| Failure::of_config(&side_files[0], &error))?;
-    let base = args
-        .tokenizer_from
-        .as_deref()
-        .map(Checkpoint::open)
-        .transpose()?;
-    let from = match &base {
-        None => None,
-        Some(base) => Some(base.gguf_metadata().ok_or_else(|| {
-            Failure::new(
-                Exit::Refused,
-                format!("`{}` is no GGUF file", base.path().display()),
-            )
-            .hint("name a GGUF file of the same base model with --tokenizer-from")
-        })?),
-    };
-    let mut tokenizer = Metadata::default();
-    let options = TokenizerOptions {
-        architecture: parsed.architecture.name,
-        vocabulary: parsed.config.vocab_size,
-        pre: args.pre.as_deref(),
-        from,
-    };
-    let folder = TokenizerFolder::find(|name| checkpoint.side_file(name));
-    let tokenized = folder.and_then(|folder| to_metadata(&folder, &options, &mut tokenizer));
-    tokenized.map_err(|error| refused(&args.source, error.into()))?;
+    let mut manifests = Vec::new();
     let patched = args
         .patched_type
-        .map(|dtype| patched_type(dtype, checkpoint, &mut side_files))
+        .map(|dtype| patched_type(dtype, checkpoint, &mut manifests))
         .transpose()?;
     let file_type = args.file_type.unwrap_or_else(|| own_type(checkpoint));
     let named = named_path(checkpoint.path())?;
@@ -174,34 +134,17 @@ fn to_gguf(
         (None, false) => with_suffix(&stem, &suffix),
         (None, true) => with_suffix(&stem, suffix.trim_end_matches(".gguf")),
     };
-    let directory = name_of(&stem);
-    let json: Map<String, Value> = serde_json::from_str(&config).unwrap_or_default();
-    let texts = Texts {
-        config: &config,
-        origins: Origins {
-            directory: &directory,
-            name_or_path: json.get("_name_or_path").and_then(Value::as_str),
-            card: card.as_deref(),
-            generation: generation.as_deref(),
-        },
-        tokenizer: &tokenizer,
-    };
-    let name = match is_directory {
-        true => name_of(&target),
-        false => target
-            .file_stem()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-    };
-    let settings = GgufSettings {
+    let request = GgufRequest {
+        source: &args.source,
+        name: &name_of(&stem),
+        target: &target,
         file_type,
+        pre: args.pre.as_deref(),
+        tokenizer_from: args.tokenizer_from.as_deref(),
         patched: patched.as_ref(),
-        stem: &name,
         max_shard_bytes: args.max_shard_bytes.map(|size| size.bytes()),
     };
-    let conversion = Conversion::to_gguf(checkpoint, texts, settings)
-        .map_err(|error| refused(&args.source, error))?;
+    let (conversion, side_files) = request.plan(checkpoint)?;
     let mut parameters = Map::new();
     if let Some(pre) = &args.pre {
         parameters.insert("pre".to_owned(), json!(pre));
@@ -209,22 +152,116 @@ fn to_gguf(
     if let Some(dtype) = args.patched_type {
         parameters.insert("patched_type".to_owned(), json!(dtype.name()));
     }
+    let side_files = side_files.into_iter().chain(manifests);
     let job = Job {
         args,
         checkpoint,
         conversion,
-        target,
         is_directory,
         role: Role::Checkpoint,
         direction: "huggingface-to-gguf",
         kind: file_type.name(),
-        side_files: side_files
-            .into_iter()
-            .map(|path| (Role::Checkpoint, path))
-            .collect(),
+        side_files: side_files.map(|path| (Role::Checkpoint, path)).collect(),
         parameters,
+        target,
     };
     job.run(reporter)
+}
+
+/// What a GGUF file is to be made of a whole model.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GgufRequest<'a> {
+    /// What the user named.
+    pub(super) source: &'a Path,
+    /// What the model is called.
+    pub(super) name: &'a str,
+    /// The file, or the directory of its parts.
+    pub(super) target: &'a Path,
+    pub(super) file_type: FileType,
+    pub(super) pre: Option<&'a str>,
+    pub(super) tokenizer_from: Option<&'a Path>,
+    pub(super) patched: Option<&'a PatchedType>,
+    /// What a part may have; one file without.
+    pub(super) max_shard_bytes: Option<u64>,
+}
+
+impl GgufRequest<'_> {
+    /// Plans the file that `checkpoint` becomes, and tells which files beside its weights that took.
+    ///
+    /// # Errors
+    /// When one of them cannot be read, or they do not make a model that GGUF has a place for.
+    pub(super) fn plan<'c>(
+        &self,
+        checkpoint: &'c Checkpoint,
+    ) -> Result<(Conversion<'c>, Vec<PathBuf>), Failure> {
+        let mut side_files = vec![required_side_file(checkpoint, "config.json")?];
+        let others = SIDE_FILES
+            .iter()
+            .filter_map(|name| checkpoint.side_file(name));
+        side_files.extend(others);
+        let config = read(&side_files[0])?;
+        let optional = |name: &str| {
+            checkpoint
+                .side_file(name)
+                .map(|path| read(&path))
+                .transpose()
+        };
+        let card = optional("README.md")?;
+        let generation = optional("generation_config.json")?;
+        let parsed = GgufConfig::parse(&config)
+            .map_err(|error| Failure::of_config(&side_files[0], &error))?;
+        let tokenizer = self.tokenizer(checkpoint, &parsed)?;
+        let json: Map<String, Value> = serde_json::from_str(&config).unwrap_or_default();
+        let texts = Texts {
+            config: &config,
+            origins: Origins {
+                directory: self.name,
+                name_or_path: json.get("_name_or_path").and_then(Value::as_str),
+                card: card.as_deref(),
+                generation: generation.as_deref(),
+            },
+            tokenizer: &tokenizer,
+        };
+        let stem = match self.max_shard_bytes {
+            Some(_) => name_of(self.target),
+            None => name_of(&self.target.with_extension("")),
+        };
+        let settings = GgufSettings {
+            file_type: self.file_type,
+            patched: self.patched,
+            stem: &stem,
+            max_shard_bytes: self.max_shard_bytes,
+        };
+        let conversion = Conversion::to_gguf(checkpoint, texts, settings)
+            .map_err(|error| refused(self.source, error))?;
+        Ok((conversion, side_files))
+    }
+
+    /// The keys of the tokenizer.
+    fn tokenizer(&self, checkpoint: &Checkpoint, config: &GgufConfig) -> Result<Metadata, Failure> {
+        let base = self.tokenizer_from.map(Checkpoint::open).transpose()?;
+        let from = match &base {
+            None => None,
+            Some(base) => Some(base.gguf_metadata().ok_or_else(|| {
+                Failure::new(
+                    Exit::Refused,
+                    format!("`{}` is no GGUF file", base.path().display()),
+                )
+                .hint("name a GGUF file of the same base model with --tokenizer-from")
+            })?),
+        };
+        let mut tokenizer = Metadata::default();
+        let options = TokenizerOptions {
+            architecture: config.architecture.name,
+            vocabulary: config.config.vocab_size,
+            pre: self.pre,
+            from,
+        };
+        let folder = TokenizerFolder::find(|name| checkpoint.side_file(name));
+        let tokenized = folder.and_then(|folder| to_metadata(&folder, &options, &mut tokenizer));
+        tokenized.map_err(|error| refused(self.source, error.into()))?;
+        Ok(tokenizer)
+    }
 }
 
 /// Files of a directory that a GGUF file is made from, where they are there.
@@ -561,7 +598,7 @@ fn patched_type(
 }
 
 /// Why `source` is not converted, and what to do.
-fn refused(source: &Path, error: ConvertError) -> Failure {
+pub(super) fn refused(source: &Path, error: ConvertError) -> Failure {
     let hint = match &error {
         ConvertError::Interrupted => return Failure::interrupted(),
         ConvertError::Output(_) | ConvertError::Source(_) => None,
