@@ -65,7 +65,7 @@ pub(crate) enum Factor<'c> {
 }
 
 impl Factor<'_> {
-    fn values<'v>(&'v self, point: Point<'v>) -> Cow<'v, [f32]> {
+    pub(super) fn values<'v>(&'v self, point: Point<'v>) -> Cow<'v, [f32]> {
         match self {
             Self::Frozen(values) => Cow::Borrowed(values),
             Self::Target(index, view) => point.values(*index, view),
@@ -220,7 +220,7 @@ impl Linear<'_> {
         );
     }
 
-    fn add_bias(&self, scale: f32, y: &mut [f32]) {
+    pub(super) fn add_bias(&self, scale: f32, y: &mut [f32]) {
         if self.bias.is_empty() {
             return;
         }
@@ -235,10 +235,14 @@ impl Linear<'_> {
 /// Widens the elements of `view` from number `first` on into `out`, in parallel.
 pub(crate) fn widen(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
     out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
-        let start = first + i * CHUNK;
-        view.widen_into(start..start + out.len(), out)
-            .expect("dtype and shape were checked when the weights were resolved");
+        widen_here(view, first + i * CHUNK, out);
     });
+}
+
+/// As [`widen`], on the calling thread.
+pub(crate) fn widen_here(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
+    view.widen_into(first..first + out.len(), out)
+        .expect("dtype and shape were checked when the weights were resolved");
 }
 
 /// Copies in parallel.
