@@ -127,7 +127,9 @@ impl Decoder<'_> {
             for pack in packs(&mut new) {
                 self.enter(point, pack, &mut scratch)?;
             }
-            self.step(point, &mut known, &mut scratch);
+            if !known.is_empty() {
+                self.step(point, &mut known, &mut scratch);
+            }
             running.retain_mut(|sequence| {
                 let added = &sequence.tokens[sequence.prompt..];
                 let ends = |token| generation.stop.contains(token);
