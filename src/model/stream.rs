@@ -6,10 +6,10 @@
 //! whatever other rows there are.
 
 use panacea_formats::TensorView;
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::kernels::dots::dots;
-use super::kernels::simd;
 use super::linear::{Linear, Role, widen_here};
 use super::point::Point;
 
@@ -133,33 +133,63 @@ fn product(
                     read(row, out);
                 }
                 let column = first - here.start;
-                simd(|| tile_product(x, wide, inputs, column, &mut y, &put));
+                let tile = Tile {
+                    x,
+                    w: wide,
+                    inputs,
+                    column,
+                    y: &mut y,
+                    put: &put,
+                };
+                pulp::Arch::new().dispatch(tile);
             }
         });
 }
 
 /// The products of all rows of `x` with the rows of `w`, which belong to the columns of `y` from `column` on.
-#[inline(always)]
-fn tile_product(
-    x: &[f32],
-    w: &[f32],
+struct Tile<'t, 'y, P> {
+    x: &'t [f32],
+    w: &'t [f32],
     inputs: usize,
     column: usize,
-    y: &mut [&mut [f32]],
-    put: &impl Fn(&mut f32, f32),
-) {
-    for (group, w) in w.chunks(SIDE * inputs).enumerate() {
-        let column = column + group * SIDE;
-        for (x, y) in x.chunks(SIDE * inputs).zip(y.chunks_mut(SIDE)) {
-            match (w.len() == SIDE * inputs, y.len()) {
-                (true, SIDE) => block::<SIDE, SIDE>(x, w, inputs, column, y, put),
-                (true, 3) => block::<SIDE, 3>(x, w, inputs, column, y, put),
-                (true, 2) => block::<SIDE, 2>(x, w, inputs, column, y, put),
-                (true, _) => block::<SIDE, 1>(x, w, inputs, column, y, put),
-                (false, _) => {
-                    for (column, w) in (column..).zip(w.chunks_exact(inputs)) {
-                        for (x, y) in x.chunks_exact(inputs).zip(y.iter_mut()) {
-                            block::<1, 1>(x, w, inputs, column, std::slice::from_mut(y), put);
+    y: &'t mut [&'y mut [f32]],
+    put: &'t P,
+}
+
+impl<P: Fn(&mut f32, f32)> WithSimd for Tile<'_, '_, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            x,
+            w,
+            inputs,
+            column,
+            y,
+            put,
+        } = self;
+        for (group, w) in w.chunks(SIDE * inputs).enumerate() {
+            let column = column + group * SIDE;
+            for (x, y) in x.chunks(SIDE * inputs).zip(y.chunks_mut(SIDE)) {
+                match (w.len() == SIDE * inputs, y.len()) {
+                    (true, SIDE) => block::<S, SIDE, SIDE>(simd, x, w, inputs, column, y, put),
+                    (true, 3) => block::<S, SIDE, 3>(simd, x, w, inputs, column, y, put),
+                    (true, 2) => block::<S, SIDE, 2>(simd, x, w, inputs, column, y, put),
+                    (true, _) => block::<S, SIDE, 1>(simd, x, w, inputs, column, y, put),
+                    (false, _) => {
+                        for (column, w) in (column..).zip(w.chunks_exact(inputs)) {
+                            for (x, y) in x.chunks_exact(inputs).zip(y.iter_mut()) {
+                                block::<S, 1, 1>(
+                                    simd,
+                                    x,
+                                    w,
+                                    inputs,
+                                    column,
+                                    std::slice::from_mut(y),
+                                    put,
+                                );
+                            }
                         }
                     }
                 }
@@ -169,7 +199,8 @@ fn tile_product(
 }
 
 #[inline(always)]
-fn block<const W: usize, const X: usize>(
+fn block<S: Simd, const W: usize, const X: usize>(
+    simd: S,
     x: &[f32],
     w: &[f32],
     inputs: usize,
@@ -180,7 +211,7 @@ fn block<const W: usize, const X: usize>(
     let row = |i: usize| i * inputs..(i + 1) * inputs;
     let w: [&[f32]; W] = std::array::from_fn(|i| &w[row(i)]);
     let x: [&[f32]; X] = std::array::from_fn(|i| &x[row(i)]);
-    for (j, products) in dots(w, x).into_iter().enumerate() {
+    for (j, products) in dots(simd, w, x).into_iter().enumerate() {
         for (product, y) in products.into_iter().zip(y.iter_mut()) {
             put(&mut y[column + j], product);
         }

@@ -5,12 +5,12 @@
 
 use std::ops::Range;
 
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::attention::{Scores, soft_cap, softmax};
 use super::dots::dots;
 use super::rope::Heads;
-use super::simd;
 
 /// The keys, already rotated, and values of one sequence in one block: tokens x (key heads x dim) each.
 #[derive(Clone, Debug, Default)]
@@ -83,32 +83,73 @@ pub(crate) fn forward(
             let Cache { keys, values } = &*caches[sequence];
             let seen = (keys.len() / width).min(window.unwrap_or(usize::MAX));
             let seen = keys.len() - seen * width;
-            let query = &heads_in[(head * caches.len() + sequence) * dim..][..dim];
-            simd(|| {
-                scores.clear();
-                for keys in keys[seen..].chunks(4 * width) {
-                    let key = |i: usize| &keys[i * width + shared..][..dim];
-                    if keys.len() == 4 * width {
-                        let four = dots([key(0), key(1), key(2), key(3)], [query]);
-                        scores.extend(four.map(|[score]| score));
-                    } else {
-                        scores
-                            .extend((0..keys.len() / width).map(|i| dots([key(i)], [query])[0][0]));
-                    }
-                }
-                scores
-                    .iter_mut()
-                    .for_each(|score| *score *= scores_of.scale);
-                if let Some(cap) = scores_of.softcap {
-                    soft_cap(scores, cap);
-                }
-                let all = 0..scores.len();
-                softmax(scores, all);
-                out.fill(0.0);
-                for (p, value) in scores.iter().zip(values[seen..].chunks_exact(width)) {
-                    let value = &value[shared..shared + dim];
-                    out.iter_mut().zip(value).for_each(|(out, v)| *out += p * v);
-                }
-            });
+            let last = Last {
+                query: &heads_in[(head * caches.len() + sequence) * dim..][..dim],
+                keys: &keys[seen..],
+                values: &values[seen..],
+                width,
+                first: shared,
+                scores_of,
+                scores,
+                out,
+            };
+            pulp::Arch::new().dispatch(last);
         });
+}
+
+/// One head of one token.
+struct Last<'a> {
+    query: &'a [f32],
+    /// All that is seen, tokens x `width`.
+    keys: &'a [f32],
+    values: &'a [f32],
+    width: usize,
+    /// Where in a row the head begins.
+    first: usize,
+    scores_of: Scores,
+    /// A buffer.
+    scores: &'a mut Vec<f32>,
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Last<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            query,
+            keys,
+            values,
+            width,
+            first,
+            scores_of,
+            scores,
+            out,
+        } = self;
+        scores.clear();
+        for keys in keys.chunks(4 * width) {
+            let key = |i: usize| &keys[i * width + first..][..query.len()];
+            if keys.len() == 4 * width {
+                let four = dots(simd, [key(0), key(1), key(2), key(3)], [query]);
+                scores.extend(four.map(|[score]| score));
+            } else {
+                let rest = 0..keys.len() / width;
+                scores.extend(rest.map(|i| dots(simd, [key(i)], [query])[0][0]));
+            }
+        }
+        scores
+            .iter_mut()
+            .for_each(|score| *score *= scores_of.scale);
+        if let Some(cap) = scores_of.softcap {
+            soft_cap(scores, cap);
+        }
+        let all = 0..scores.len();
+        softmax(scores, all);
+        out.fill(0.0);
+        for (p, value) in scores.iter().zip(values.chunks_exact(width)) {
+            let value = &value[first..first + out.len()];
+            out.iter_mut().zip(value).for_each(|(out, v)| *out += p * v);
+        }
+    }
 }
