@@ -8,7 +8,7 @@ use super::LANES;
 
 /// The products of rows of one length, `w` with `x`.
 ///
-/// By `simd`'s own registers: of several sums side by side the compiler makes no vectors. Where a register is narrower than [`LANES`],
+/// By `simd`'s own registers, and plain loops, which the compiler unrolls: of several sums side by side it makes no vectors itself. Where a register is narrower than [`LANES`],
 /// the rows are passed several times, so that the sums are the same.
 #[inline(always)]
 pub(crate) fn dots<S: Simd, const W: usize, const X: usize>(
@@ -19,30 +19,39 @@ pub(crate) fn dots<S: Simd, const W: usize, const X: usize>(
     let length = w[0].len();
     let even = length - length % LANES;
     let parts = LANES / S::F32_LANES;
-    let w_registers = w.map(|row| S::as_simd_f32s(&row[..even]).0);
-    let x_registers = x.map(|row| S::as_simd_f32s(&row[..even]).0);
+    let count = even / S::F32_LANES;
+    let mut w_registers: [&[S::f32s]; W] = [&[]; W];
+    let mut x_registers: [&[S::f32s]; X] = [&[]; X];
+    for j in 0..W {
+        w_registers[j] = &S::as_simd_f32s(&w[j][..even]).0[..count];
+    }
+    for i in 0..X {
+        x_registers[i] = &S::as_simd_f32s(&x[i][..even]).0[..count];
+    }
     let mut lanes = [[[0.0f32; LANES]; X]; W];
     for part in 0..parts {
         let mut sums = [[simd.splat_f32s(0.0); X]; W];
-        for at in (part..even / S::F32_LANES).step_by(parts) {
-            let x = x_registers.map(|row| row[at]);
-            for (w, sums) in w_registers.iter().zip(&mut sums) {
-                for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum = simd.add_f32s(*sum, simd.mul_f32s(w[at], x));
+        let mut at = part;
+        while at < count {
+            for j in 0..W {
+                for i in 0..X {
+                    let product = simd.mul_f32s(w_registers[j][at], x_registers[i][at]);
+                    sums[j][i] = simd.add_f32s(sums[j][i], product);
                 }
             }
+            at += parts;
         }
-        for (sums, lanes) in sums.iter().zip(&mut lanes) {
-            for (sum, lanes) in sums.iter().zip(lanes) {
-                S::as_mut_simd_f32s(lanes).0[part] = *sum;
+        for j in 0..W {
+            for i in 0..X {
+                S::as_mut_simd_f32s(&mut lanes[j][i]).0[part] = sums[j][i];
             }
         }
     }
     let mut products = [[0.0; X]; W];
-    for (j, products) in products.iter_mut().enumerate() {
-        for (i, product) in products.iter_mut().enumerate() {
+    for j in 0..W {
+        for i in 0..X {
             let rest = w[j][even..].iter().zip(&x[i][even..length]);
-            *product = folded(lanes[j][i]) + rest.map(|(w, x)| w * x).sum::<f32>();
+            products[j][i] = folded(&lanes[j][i]) + rest.map(|(w, x)| w * x).sum::<f32>();
         }
     }
     products
@@ -50,15 +59,16 @@ pub(crate) fn dots<S: Simd, const W: usize, const X: usize>(
 
 /// The sum of all lanes, by halves, which are added as vectors.
 #[inline(always)]
-fn folded(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
+fn folded(lanes: &[f32; LANES]) -> f32 {
+    let mut eight = [0.0; 8];
+    let mut four = [0.0; 4];
+    for i in 0..8 {
+        eight[i] = lanes[i] + lanes[i + 8];
     }
-    lanes[0]
+    for i in 0..4 {
+        four[i] = eight[i] + eight[i + 4];
+    }
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 #[cfg(test)]
