@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -140,7 +139,11 @@ def served(model):
     settings = xllamacpp.CommonParams()
     settings.model.path = str(model)
     settings.n_ctx = 512
-    settings.cpuparams.n_threads = os.cpu_count()
+    # Its threads wait for each other by spinning, which takes minutes where other programs run.
+    settings.cpuparams.n_threads = 1
+    # Keys and values would be kept in F16.
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(settings)
 
     def post(path, body):
