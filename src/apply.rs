@@ -36,7 +36,7 @@ use rounding::Dice;
 use sums::Sums;
 
 /// How a perturbation is added.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ApplySettings {
     /// The factor on the deltas.
     pub strength: Strength,
@@ -44,7 +44,25 @@ pub struct ApplySettings {
     pub rounding: Rounding,
     /// What patched tensors of a GGUF file are stored in, where their own type has fewer bits for an element.
     pub patched_type: Option<Dtype>,
+    /// The least [`Change::realized_share`] over all patched tensors of quantized types together. Below it, these types are too coarse
+    /// for the perturbation, and it is refused.
+    pub least_realized: f64,
 }
+
+impl Default for ApplySettings {
+    /// At full strength, to the nearest value, every tensor in its own type, and at least [`LEAST_REALIZED`] of it.
+    fn default() -> Self {
+        Self {
+            strength: Strength::default(),
+            rounding: Rounding::default(),
+            patched_type: None,
+            least_realized: LEAST_REALIZED,
+        }
+    }
+}
+
+/// The share of a perturbation that quantized types have to realize where nothing else is asked for.
+pub const LEAST_REALIZED: f64 = 0.5;
 
 /// The factor on a perturbation: finite and not negative, because a negative one would undo safety rather than restore it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -155,6 +173,29 @@ impl<'a> Wanted<'a> {
             });
         }
         check_base(&record.base, checkpoint).map_err(ApplyError::Base)
+    }
+
+    /// Whether every tensor that is to get another type has rows of whole blocks of it.
+    fn check_patched_type(
+        &self,
+        checkpoint: &Checkpoint,
+        settings: ApplySettings,
+    ) -> Result<(), ApplyError> {
+        for delta in &self.deltas {
+            let Some(tensor) = checkpoint.tensor(delta.name()) else {
+                continue;
+            };
+            let dtype = blocks::patched_type(tensor.dtype, settings.patched_type);
+            let columns = tensor.shape.last().copied().unwrap_or(1);
+            if dtype.bytes_of(columns).is_none() {
+                return Err(ApplyError::PatchedType {
+                    tensor: tensor.name.to_owned(),
+                    dtype,
+                    columns,
+                });
+            }
+        }
+        Ok(())
     }
 
     fn check_shapes(&self, checkpoint: &Checkpoint) -> Result<(), Problems<BaseProblem>> {
@@ -288,6 +329,7 @@ pub fn apply(
     observer: &impl Observer,
 ) -> Result<Applied, ApplyError> {
     wanted.check(checkpoint)?;
+    wanted.check_patched_type(checkpoint, settings)?;
     let addition = Addition {
         deltas: wanted
             .deltas
@@ -307,12 +349,50 @@ pub fn apply(
             _ => tensors.push((name.to_owned(), sums)),
         },
     )?;
+    refuse_too_coarse(checkpoint, &tensors, settings)?;
     Ok(Applied {
         files: written.files,
         sources: written.sources,
         side_files: written.side_files,
         realized: realized(tensors),
     })
+}
+
+/// Refuses a perturbation of which quantized types keep too little.
+fn refuse_too_coarse(
+    checkpoint: &Checkpoint,
+    tensors: &[(String, Sums)],
+    settings: ApplySettings,
+) -> Result<(), ApplyError> {
+    let mut total = Sums::default();
+    let mut coarsest: Option<(f64, &str, Dtype)> = None;
+    for (name, sums) in tensors {
+        let stored = checkpoint.tensor(name).map(|tensor| tensor.dtype);
+        let Some(dtype) = stored
+            .map(|stored| blocks::patched_type(stored, settings.patched_type))
+            .filter(|dtype| dtype.is_quantized())
+        else {
+            continue;
+        };
+        total.add(sums);
+        let share = sums.change().realized_share();
+        if coarsest.is_none_or(|(least, ..)| share < least) {
+            coarsest = Some((share, name, dtype));
+        }
+    }
+    let share = total.change().realized_share();
+    match coarsest {
+        Some((of_tensor, name, dtype)) if share < settings.least_realized => {
+            Err(ApplyError::TooCoarse {
+                share,
+                least: settings.least_realized,
+                tensor: name.to_owned(),
+                of_tensor,
+                dtype,
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The sums of each tensor, and of all of them, as a report.
@@ -516,6 +596,36 @@ pub enum ApplyError {
         tensor: String,
         /// Where, in its form.
         reason: NotFinite,
+    },
+    /// A type whose blocks do not fit a tensor's rows.
+    #[error(
+        "tensor `{tensor}` has rows of {columns} elements, and {dtype} stores {} at a time",
+        dtype.block().elements
+    )]
+    PatchedType {
+        /// The tensor.
+        tensor: String,
+        /// The type that was asked for.
+        dtype: Dtype,
+        /// The length of a row.
+        columns: usize,
+    },
+    /// Quantized types that keep too little of the perturbation.
+    #[error(
+        "{:.0}% of it would be left, less than {:.0}%; in tensor `{tensor}` of {dtype}, {:.0}%",
+        100.0 * share, 100.0 * least, 100.0 * of_tensor
+    )]
+    TooCoarse {
+        /// How much of it is left in all quantized tensors together, see [`Change::realized_share`].
+        share: f64,
+        /// The least that was asked for.
+        least: f64,
+        /// The tensor that keeps the least.
+        tensor: String,
+        /// How much that is.
+        of_tensor: f64,
+        /// Its type.
+        dtype: Dtype,
     },
     /// Two deltas for one tensor.
     #[error("tensor `{tensor}` has two deltas")]

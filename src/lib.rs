@@ -47,6 +47,7 @@
 
 pub mod apply;
 pub mod compact;
+pub mod convert;
 pub mod data;
 pub mod manifest;
 pub mod model;

@@ -137,9 +137,9 @@ fn a_strength_of_zero_gives_identical_files() {
     for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 1 }] {
         let target = root.path().join(format!("{rounding:?}"));
         let settings = ApplySettings {
-            patched_type: None,
             strength: Strength::new(0.0).unwrap(),
             rounding,
+            ..ApplySettings::default()
         };
         let applied = patched(&source, &target, &deltas, settings).unwrap();
         for file in &applied.files {

@@ -11,6 +11,7 @@ use panacea_patch::model::{
     TargetSelection,
 };
 
+#[expect(dead_code, reason = "other test files use more of it")]
 mod common;
 use common::{Stored, oracle};
 

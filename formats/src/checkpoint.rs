@@ -1,5 +1,5 @@
-//! A checkpoint: the tensors of a Hugging Face directory, a PEFT directory, or one `.safetensors` file, and the files that
-//! belong to them.
+//! A checkpoint: the tensors of a Hugging Face directory, a PEFT directory, one `.safetensors` file or a GGUF file, split or not, and
+//! the files that belong to them.
 //!
 //! In: a path. Out: every tensor by name, whichever shard holds it, and the side files by name. Which files are shards is taken
 //! from the index and never from a directory listing, so that a stale shard beside them is not read.
@@ -15,9 +15,10 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::error::{FormatError, Problems};
+use crate::gguf;
 use crate::json::JsonError;
-use crate::safetensors::SafetensorsFile;
 use crate::tensor::TensorView;
+use crate::weights_file::WeightsFile;
 
 pub use index::{IndexProblem, MAX_INDEX_BYTES};
 pub use side_files::{LeftOut, MAX_DEPTH, SideFile, SideFiles};
@@ -56,10 +57,26 @@ pub enum Layout {
     Adapter,
     /// A directory with `model.safetensors`.
     Directory,
+    /// One `.gguf` file, which has no side files: its metadata says what they would.
+    Gguf,
     /// One `.safetensors` file. Its side files, if any, lie beside it.
     LoneFile,
     /// A directory with `model.safetensors.index.json` and the shards that it names.
     Sharded,
+    /// The parts of one GGUF file, opened at the first.
+    SplitGguf,
+}
+
+impl Layout {
+    /// Whether it is one file, and its copy is one.
+    pub fn is_one_file(self) -> bool {
+        matches!(self, Self::Gguf | Self::LoneFile)
+    }
+
+    /// Whether its metadata says what other checkpoints have side files for.
+    pub fn is_gguf(self) -> bool {
+        matches!(self, Self::Gguf | Self::SplitGguf)
+    }
 }
 
 /// One file of weights.
@@ -68,7 +85,7 @@ pub struct Shard {
     /// The file's name in its directory.
     pub name: String,
     /// The file.
-    pub file: SafetensorsFile,
+    pub file: WeightsFile,
 }
 
 impl Checkpoint {
@@ -123,7 +140,7 @@ impl Checkpoint {
     /// A directory whose weights are the one file `name`.
     fn open_single(path: &Path, layout: Layout, name: &str) -> Result<Self, FormatError> {
         let shard = Shard {
-            file: SafetensorsFile::open(&path.join(name))?,
+            file: WeightsFile::open(&path.join(name))?,
             name: name.to_owned(),
         };
         Ok(Self::of(path, layout, vec![shard]))
@@ -144,8 +161,12 @@ impl Checkpoint {
             .and_then(OsStr::to_str)
             .ok_or_else(|| FormatError::new(path, io::Error::from(io::ErrorKind::InvalidFilename)))?
             .to_owned();
-        let file = SafetensorsFile::open(path)?;
-        Ok(Self::of(path, Layout::LoneFile, vec![Shard { name, file }]))
+        let file = WeightsFile::open(path)?;
+        let layout = match &file {
+            WeightsFile::Gguf(_) => Layout::Gguf,
+            WeightsFile::Safetensors(_) => Layout::LoneFile,
+        };
+        Ok(Self::of(path, layout, vec![Shard { name, file }]))
     }
 
     fn open_sharded(path: &Path) -> Result<Self, FormatError> {
@@ -165,7 +186,7 @@ impl Checkpoint {
             .into_iter()
             .map(|name| {
                 Ok(Shard {
-                    file: SafetensorsFile::open(&path.join(name))?,
+                    file: WeightsFile::open(&path.join(name))?,
                     name: name.to_owned(),
                 })
             })
@@ -225,19 +246,30 @@ impl Checkpoint {
         crate::error::nearest(name, self.tensors().map(|tensor| tensor.name))
     }
 
-    /// The path of the file called `name` in the directory, or beside the lone file, if there is one.
+    /// The keys and values of a GGUF file, of the first part where it is split.
+    pub fn gguf_metadata(&self) -> Option<&gguf::Metadata> {
+        match &self.shards.first()?.file {
+            WeightsFile::Gguf(file) => Some(file.metadata()),
+            WeightsFile::Safetensors(_) => None,
+        }
+    }
+
+    /// The path of the file called `name` in the directory, or beside the lone file, if there is one. A GGUF file has none.
     pub fn side_file(&self, name: &str) -> Option<PathBuf> {
+        if self.layout.is_gguf() {
+            return None;
+        }
         let path = self.directory().join(name);
         path.is_file().then_some(path)
     }
 
-    /// The files that travel with the weights, and those that do not, by name. Of a lone file: none.
+    /// The files that travel with the weights, and those that do not, by name. Of a lone file or GGUF: none.
     ///
     /// # Errors
     /// When a directory cannot be listed.
     pub fn side_files(&self) -> Result<SideFiles, FormatError> {
         match self.layout {
-            Layout::LoneFile => Ok(SideFiles::default()),
+            Layout::LoneFile | Layout::Gguf | Layout::SplitGguf => Ok(SideFiles::default()),
             Layout::Adapter | Layout::Directory | Layout::Sharded => {
                 let weights: Vec<&str> = self
                     .shards
@@ -269,14 +301,16 @@ impl Checkpoint {
     /// The directory that side files are in.
     fn directory(&self) -> &Path {
         match self.layout {
-            Layout::LoneFile => self.path.parent().unwrap_or(Path::new("")),
+            Layout::LoneFile | Layout::Gguf | Layout::SplitGguf => {
+                self.path.parent().unwrap_or(Path::new(""))
+            }
             Layout::Adapter | Layout::Directory | Layout::Sharded => &self.path,
         }
     }
 }
 
-/// Extensions of weights that are not safetensors.
-const OTHER_WEIGHTS: &[&str] = &["bin", "ckpt", "gguf", "h5", "msgpack", "onnx", "pt", "pth"];
+/// Extensions of weights that are not read.
+const OTHER_WEIGHTS: &[&str] = &["bin", "ckpt", "h5", "msgpack", "onnx", "pt", "pth"];
 
 /// A file in `directory` that holds weights which are not read, to name it in the refusal.
 fn other_weights(directory: &Path) -> Option<String> {
@@ -285,7 +319,9 @@ fn other_weights(directory: &Path) -> Option<String> {
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .filter(|name| {
             let extension = Path::new(name).extension().and_then(OsStr::to_str);
-            extension.is_some_and(|it| it == "safetensors" || OTHER_WEIGHTS.contains(&it))
+            extension.is_some_and(|it| {
+                matches!(it, "safetensors" | "gguf") || OTHER_WEIGHTS.contains(&it)
+            })
         })
         .collect();
     names.sort_unstable();
@@ -338,7 +374,7 @@ pub enum CheckpointError {
     #[error("the index has no `weight_map` from tensor names to file names")]
     NoWeightMap,
     /// A file of another format, by its extension.
-    #[error("`.{extension}` weights are not read here, only `.safetensors`")]
+    #[error("`.{extension}` weights are not read here, only `.safetensors` and `.gguf`")]
     OtherFormat {
         /// The extension.
         extension: String,

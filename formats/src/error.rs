@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::checkpoint::CheckpointError;
+use crate::gguf::GgufError;
 use crate::peft::PeftError;
 use crate::perturbation::PerturbationError;
 use crate::safetensors::SafetensorsError;
@@ -54,9 +55,20 @@ pub(crate) fn is_environment(error: &io::Error) -> bool {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FormatErrorKind {
+    /// The length is no longer the one at opening.
+    #[error("the file had {opened} bytes when it was opened and has {found} now")]
+    Changed {
+        /// Length at opening.
+        opened: u64,
+        /// Length now.
+        found: u64,
+    },
     /// The files of the checkpoint do not fit together.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// Not a sound GGUF file, or not all of a split one.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// The operating system said no.
     #[error(transparent)]
     Io(#[from] io::Error),

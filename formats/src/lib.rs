@@ -40,10 +40,12 @@ mod dtype;
 mod error;
 pub mod gguf;
 pub mod json;
+mod mapped;
 mod peft;
 mod perturbation;
 mod safetensors;
 mod tensor;
+mod weights_file;
 
 pub use atomic::{
     Committed, HashedFile, OutputDir, OutputError, OutputErrorKind, OutputFile, Overwrite,
@@ -73,6 +75,7 @@ pub use perturbation::{
 };
 pub use safetensors::{
     MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError, SafetensorsFile, Stored, StoredFloats,
-    write_tensors,
+    safetensors_header, write_tensors,
 };
 pub use tensor::{TensorView, WidenError, narrow};
+pub use weights_file::WeightsFile;

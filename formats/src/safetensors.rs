@@ -16,19 +16,16 @@
 mod header;
 mod writer;
 
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
-
-use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::digest::Sha256;
 use crate::error::FormatError;
+use crate::mapped::FileBytes;
 use crate::tensor::TensorView;
 
 use header::Header;
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError};
-pub use writer::{Stored, StoredFloats, write_tensors};
+pub use writer::{Stored, StoredFloats, safetensors_header, write_tensors};
 
 /// A safetensors file, open and checked.
 ///
@@ -38,14 +35,8 @@ pub use writer::{Stored, StoredFloats, write_tensors};
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
-    bytes: Bytes,
+    bytes: FileBytes,
     header: Header,
-}
-
-#[derive(Debug)]
-enum Bytes {
-    Mapped(Mmap, File),
-    Owned(Vec<u8>),
 }
 
 impl SafetensorsFile {
@@ -54,7 +45,7 @@ impl SafetensorsFile {
     /// # Errors
     /// When the file cannot be opened, is no regular file, or is not a sound safetensors file.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
-        let bytes = map(path).map_err(|error| FormatError::new(path, error))?;
+        let bytes = FileBytes::map(path).map_err(|error| FormatError::new(path, error))?;
         Self::checked(path, bytes)
     }
 
@@ -63,10 +54,10 @@ impl SafetensorsFile {
     /// # Errors
     /// When they are not a sound safetensors file.
     pub fn from_bytes(path: &Path, bytes: Vec<u8>) -> Result<Self, FormatError> {
-        Self::checked(path, Bytes::Owned(bytes))
+        Self::checked(path, FileBytes::Owned(bytes))
     }
 
-    fn checked(path: &Path, bytes: Bytes) -> Result<Self, FormatError> {
+    fn checked(path: &Path, bytes: FileBytes) -> Result<Self, FormatError> {
         let header = Header::parse(bytes.all()).map_err(|error| FormatError::new(path, error))?;
         Ok(Self {
             path: path.to_owned(),
@@ -129,38 +120,15 @@ impl SafetensorsFile {
     /// Whether the file still has the length it was opened with. Say so after the last byte was read.
     ///
     /// # Errors
-    /// [`SafetensorsError::Changed`] when it has another.
+    /// [`FormatErrorKind::Changed`](crate::FormatErrorKind::Changed) when it has another.
     pub fn check_unchanged(&self) -> Result<(), FormatError> {
-        let Bytes::Mapped(map, file) = &self.bytes else {
-            return Ok(());
-        };
-        let found = file
-            .metadata()
-            .map_err(|error| FormatError::new(&self.path, error))?
-            .len();
-        let opened = map.len() as u64;
-        if found == opened {
-            Ok(())
-        } else {
-            Err(FormatError::new(
-                &self.path,
-                SafetensorsError::Changed { opened, found },
-            ))
-        }
+        self.bytes.check_unchanged(&self.path)
     }
 
     /// Gives the file's pages back to the system; whoever reads them again finds them in its cache, or on disk. For files that are
     /// larger than the memory a process may hold. Does nothing for bytes that are in memory anyway.
     pub fn release(&self) {
-        let Bytes::Mapped(map, _) = &self.bytes else {
-            return;
-        };
-        #[expect(unsafe_code, reason = "the advice could change what other maps hold")]
-        // SAFETY: the map is of a file and read-only, so that a page that is dropped comes back with the file's bytes, as every
-        // page of it did at its first use.
-        let released = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
-        // It is advice: a system that does not take it keeps the pages.
-        drop(released);
+        self.bytes.release();
     }
 
     /// The tensor number `position` in the order of the bytes.
@@ -174,37 +142,4 @@ impl SafetensorsFile {
             bytes: &self.bytes.all()[self.header.data_start..][entry.begin..entry.end],
         }
     }
-}
-
-impl Bytes {
-    fn all(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map, _) => map,
-            Self::Owned(bytes) => bytes,
-        }
-    }
-}
-
-/// Maps a regular file. A pipe or device would block or never end, so they are refused.
-fn map(path: &Path) -> io::Result<Bytes> {
-    let metadata = std::fs::metadata(path)?;
-    if metadata.is_dir() {
-        return Err(io::ErrorKind::IsADirectory.into());
-    }
-    if !metadata.is_file() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "it is not a regular file",
-        ));
-    }
-    let file = File::open(path)?;
-    #[expect(
-        unsafe_code,
-        reason = "a memory map is how weights larger than memory are read"
-    )]
-    // SAFETY: the map is read-only and private to this value. The bytes are only ever read as plain integers, for which any
-    // content is valid; a concurrent writer can make us read a mixture, and a truncation ends the process with SIGBUS, both of
-    // which the type's documentation tells the user.
-    let map = unsafe { Mmap::map(&file)? };
-    Ok(Bytes::Mapped(map, file))
 }

@@ -5,8 +5,8 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
 use thiserror::Error;
 
 use crate::blocks::{dequantize, quantize};
@@ -261,7 +261,11 @@ mod tests {
             }
         }
         let mut bytes = [0; 4];
-        narrow(Dtype::BF16, &[1.0 + 1.0 / 256.0, -1.0 - 3.0 / 256.0], &mut bytes);
+        narrow(
+            Dtype::BF16,
+            &[1.0 + 1.0 / 256.0, -1.0 - 3.0 / 256.0],
+            &mut bytes,
+        );
         assert_eq!(bytes, [0x80, 0x3F, 0x82, 0xBF], "ties to even");
     }
 

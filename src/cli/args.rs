@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use panacea_formats::Dtype;
 use panacea_patch::apply::Strength;
 use panacea_patch::compact::EnergyShare;
 use panacea_patch::data::{DataPath, TemplateChoice};
@@ -397,6 +398,14 @@ pub(crate) struct AdditionArgs {
     /// `stochastic` keeps the mean of changes that are smaller than a stored step, at the cost of noise; see `--seed`.
     #[arg(long, value_name = "HOW")]
     pub(crate) rounding: Option<RoundingName>,
+
+    /// Store patched tensors of a GGUF file in this type, such as `q8_0` or `f16`, where their own has fewer bits.
+    #[arg(long, value_name = "TYPE", value_parser = patchable_type)]
+    pub(crate) patched_type: Option<Dtype>,
+
+    /// Refuse to patch quantized tensors that keep less than this share of the perturbation [default: 0.5].
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    pub(crate) min_realized: Option<f64>,
 }
 
 /// In which form a perturbation is written. Dense where nothing is asked for.
@@ -580,6 +589,25 @@ fn strength(text: &str) -> Result<Strength, String> {
         .parse()
         .map_err(|_| "a finite number of 0 or above belongs here".to_owned())?;
     Strength::new(number).map_err(|error| error.to_string())
+}
+
+fn patchable_type(text: &str) -> Result<Dtype, String> {
+    let known = text.to_uppercase().parse::<Dtype>();
+    known
+        .ok()
+        .filter(|dtype| dtype.is_patchable())
+        .ok_or_else(|| {
+            let names = Dtype::ALL.iter().filter(|dtype| dtype.is_patchable());
+            let names: Vec<String> = names.map(|dtype| dtype.name().to_lowercase()).collect();
+            format!("one of {} belongs here", names.join(", "))
+        })
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..=1.0).contains(&number) => Ok(number.abs()),
+        _ => Err("a share from 0 to 1 belongs here".to_owned()),
+    }
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

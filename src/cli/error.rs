@@ -480,6 +480,20 @@ impl From<ApplyError> for Failure {
                 Space::Adapter => "give the PEFT directory that it was made for",
                 _ => "give the whole model that it was made for; for an adapter, find one with `panacea-patch optimize`",
             }),
+            ApplyError::TooCoarse { dtype, .. } => Self::new(
+                Exit::Refused,
+                format!("{dtype} is too coarse for the perturbation"),
+            )
+            .because(error.to_string())
+            .hint(
+                "patch the model that this file was quantized from, and convert that; or keep patched tensors in a finer type with \
+                 `--patched-type q8_0`; or allow less with `--min-realized`",
+            ),
+            ApplyError::PatchedType { dtype, .. } => {
+                Self::new(Exit::Refused, format!("cannot store patched tensors as {dtype}"))
+                    .because(error.to_string())
+                    .hint("pass a type of smaller blocks, such as `--patched-type q8_0`, or `f16`")
+            }
             ApplyError::Write(WriteError::Input(error)) => error.into(),
             ApplyError::Write(WriteError::Output(error)) => error.into(),
             ApplyError::Write(WriteError::Interrupted) => Self::interrupted(),

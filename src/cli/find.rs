@@ -9,7 +9,7 @@ use panacea_formats::{
     Adapter, BaseProblem, Checkpoint, DataSource, DeltaTensor, FormatError, PerturbationRecord,
     Problems, TensorView, describe_base, shown,
 };
-use panacea_patch::data::{Encoder, Sets, TokenizerFiles};
+use panacea_patch::data::{Encoder, Sets, Text, TokenizerFiles};
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{
     Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix, place_of_module,
@@ -84,8 +84,7 @@ pub(super) fn prepare<'c>(
             search,
         });
     }
-    let config_path = required_side_file(model.whole(), "config.json")?;
-    let config = read_config(&config_path)?;
+    let config = model.config()?;
     let sets = Sets::open(&search.paths)?;
     let files = model.tokenizer()?;
     let encoder = Encoder::open(
@@ -122,13 +121,16 @@ pub(super) fn prepare<'c>(
             shown(&source.name)
         ));
     }
-    let side_files = side_inputs(&config_path, &files);
+    let side_files = match model.checkpoint.layout().is_gguf() {
+        true => Vec::new(),
+        false => side_inputs(&model.config_file()?, &files),
+    };
     Ok(Prepared {
         targets: decoder
             .targets()
             .iter()
-            .map(|target| (target.name.clone(), target.shape.to_vec()))
-            .collect(),
+            .map(|target| Ok((model.stored_name(&target.name)?, target.shape.to_vec())))
+            .collect::<Result<_, Failure>>()?,
         computing: Some(Computing {
             decoder,
             rows,
@@ -176,11 +178,9 @@ impl Prepared<'_> {
         let known: Vec<String> = match &self.computing {
             Some(_) => self.targets.iter().map(|(name, _)| name.clone()).collect(),
             None => {
-                let path = required_side_file(&self.model.checkpoint, "config.json")?;
                 let selection = self.search.selection();
-                let decoder = self
-                    .model
-                    .decoder(read_config(&path)?, selection.as_ref())?;
+                let config = self.model.config()?;
+                let decoder = self.model.decoder(config, selection.as_ref())?;
                 let targets = decoder.targets().iter();
                 targets.map(|target| target.name.clone()).collect()
             }
@@ -396,7 +396,12 @@ fn targets_of(
 ) -> Result<Vec<(String, Vec<usize>)>, Failure> {
     match model.adapter()? {
         Some(adapter) => targets_of_adapter(&adapter, selection),
-        None => targets_by_name(&model.checkpoint, &selection.cloned().unwrap_or_default()),
+        None => {
+            let selection = selection.cloned().unwrap_or_default();
+            let targets = targets_by_name(&model.tensors()?, &selection)?;
+            let stored = |(name, shape): (String, _)| Ok((model.stored_name(&name)?, shape));
+            targets.into_iter().map(stored).collect()
+        }
     }
 }
 
@@ -433,14 +438,14 @@ pub(super) fn targets_of_adapter(
 /// # Errors
 /// When there are none.
 pub(super) fn targets_by_name(
-    checkpoint: &Checkpoint,
+    tensors: &[TensorView<'_>],
     selection: &TargetSelection,
 ) -> Result<Vec<(String, Vec<usize>)>, Failure> {
     // Of a model with several towers, the text decoder's blocks only.
-    let blocks = decoder_prefix(|name| checkpoint.tensor(name).is_some())
+    let blocks = decoder_prefix(|name| tensors.iter().any(|tensor| tensor.name == name))
         .map_or(String::new(), |prefix| format!("{prefix}layers."));
-    let matrices: Vec<TensorView<'_>> = checkpoint
-        .tensors()
+    let matrices: Vec<&TensorView<'_>> = tensors
+        .iter()
         .filter(|tensor| tensor.name.starts_with(&blocks))
         .filter(|tensor| tensor.shape.len() == 2 && tensor.dtype.is_patchable())
         .collect();
@@ -483,7 +488,7 @@ fn no_target(wanted: &str, names: Vec<&str>, what: &str) -> Failure {
             names.len(),
             shown(first)
         ),
-        None => "the checkpoint has no matrix of type F32, F16 or BF16".to_owned(),
+        None => "the checkpoint has no matrix of a type that can be patched".to_owned(),
     });
     failure.hint(match nearest {
         Some(nearest) => format!("did you mean --targets {}?", shown(nearest)),
@@ -531,7 +536,11 @@ fn encode(encoder: &Encoder, sets: &Sets, used: &[(Set, DataSource)]) -> Result<
     Ok(rows)
 }
 
-fn required_side_file(checkpoint: &Checkpoint, name: &str) -> Result<PathBuf, Failure> {
+/// The path of a side file that is needed.
+///
+/// # Errors
+/// When there is none.
+pub(super) fn required_side_file(checkpoint: &Checkpoint, name: &str) -> Result<PathBuf, Failure> {
     checkpoint.side_file(name).ok_or_else(|| {
         Failure::new(Exit::Refused, format!("there is no `{name}`"))
             .because(looked_in(checkpoint))
@@ -544,18 +553,18 @@ fn required_side_file(checkpoint: &Checkpoint, name: &str) -> Result<PathBuf, Fa
 
 /// The files besides weights that decide the result.
 fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
-    let mut paths = vec![config.to_owned(), files.tokenizer.clone()];
-    paths.extend(
-        [
-            &files.tokenizer_config,
-            &files.special_tokens_map,
-            &files.chat_template,
-            &files.generation_config,
-        ]
-        .into_iter()
-        .flatten()
-        .cloned(),
-    );
+    let texts = [
+        &files.tokenizer_config,
+        &files.special_tokens_map,
+        &files.chat_template,
+        &files.generation_config,
+    ];
+    let texts = texts.into_iter().flatten().chain([&files.tokenizer]);
+    let mut paths: Vec<PathBuf> = texts
+        .filter_map(Text::file)
+        .chain([config])
+        .map(Path::to_owned)
+        .collect();
     paths.sort();
     paths
 }
@@ -594,7 +603,8 @@ mod tests {
                     .iter()
                     .map(|target| (target.name.clone(), target.shape.to_vec()))
                     .collect();
-                let by_name = targets_by_name(&checkpoint, &selection).unwrap();
+                let tensors: Vec<_> = checkpoint.tensors().collect();
+                let by_name = targets_by_name(&tensors, &selection).unwrap();
                 assert_eq!(by_name, of_decoder, "{case}, {selection}");
             }
         }
@@ -604,7 +614,8 @@ mod tests {
     fn a_slip_in_a_target_finds_its_neighbor() {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/oracle/llama-tied");
         let checkpoint = Checkpoint::open(&directory).unwrap();
-        let failure = targets_by_name(&checkpoint, &"q_porj".parse().unwrap()).unwrap_err();
+        let tensors: Vec<_> = checkpoint.tensors().collect();
+        let failure = targets_by_name(&tensors, &"q_porj".parse().unwrap()).unwrap_err();
         assert_eq!(
             failure.hint.as_deref(),
             Some("did you mean --targets q_proj?")

@@ -14,6 +14,7 @@ use panacea_formats::{
     Checkpoint, Form, FormatError, FormatErrorKind, Layout, Perturbation, SafetensorsFile,
     TensorView, shown,
 };
+use panacea_patch::convert::StoredModel;
 use panacea_patch::manifest::{Statement, manifest_path, signature_path};
 use panacea_patch::model::TargetSelection;
 use rayon::prelude::*;
@@ -90,14 +91,16 @@ fn checkpoint(
     let parameters: usize = tensors.iter().map(TensorView::elements).sum();
     let layout = match checkpoint.layout() {
         Layout::Adapter => "LoRA adapter",
+        Layout::Gguf => "one GGUF file",
         Layout::LoneFile => "one file",
+        Layout::SplitGguf => "a GGUF file in parts",
         Layout::Sharded => "directory with shards",
         _ => "directory",
     };
     table.heading(format!("{} is a checkpoint: {layout}", path.display()));
     let mut files = Vec::new();
     for shard in checkpoint.files() {
-        let count = shard.file.tensors().len();
+        let count = shard.file.tensors().count();
         table.row(
             "weights",
             format!(
@@ -137,7 +140,14 @@ fn checkpoint(
         true => adapter::describe(&checkpoint, selection, table),
         false => {
             let selection = selection.cloned().unwrap_or_default();
-            let targets = targets_by_name(&checkpoint, &selection);
+            let stored = StoredModel::of(&checkpoint).ok();
+            let targets = match &stored {
+                Some(stored) => {
+                    let renamed: Vec<_> = stored.tensors(&checkpoint).collect();
+                    targets_by_name(&renamed, &selection)
+                }
+                None => targets_by_name(&tensors, &selection),
+            };
             let targets = targets_row(&selection.to_string(), targets, table);
             (Value::Null, targets)
         }

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use panacea_formats::{
     ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, Adapter, AdapterConfig, Checkpoint, Destination,
-    FormatError, Layout, Sha256, Space, TensorView,
+    FormatError, Layout, Sha256, Space, TensorView, shown,
 };
 use panacea_patch::apply::{self, Applied, ApplySettings, Merge, Wanted};
+use panacea_patch::convert::{StoredModel, StoredModelError};
 use panacea_patch::data::TokenizerFiles;
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{AdapterModule, Config, Decoder, TargetSelection};
@@ -18,6 +19,7 @@ use serde_json::Value;
 
 use super::base;
 use super::error::{Exit, Failure};
+use super::find::{read_config, required_side_file};
 use super::report::{CopyWatch, Reporter};
 
 /// A model whose files are open.
@@ -27,6 +29,8 @@ pub(super) struct Model {
     pub(super) checkpoint: Checkpoint,
     /// Where it is an adapter.
     lora: Option<Lora>,
+    /// Where it is a GGUF file, which may be one that nothing is computed with.
+    stored: Option<Result<StoredModel, StoredModelError>>,
 }
 
 #[derive(Debug)]
@@ -64,7 +68,9 @@ impl Model {
                 }
             }
             refuse_bare_weights(&checkpoint)?;
+            let is_gguf = checkpoint.layout().is_gguf();
             return Ok(Self {
+                stored: is_gguf.then(|| StoredModel::of(&checkpoint)),
                 checkpoint,
                 lora: None,
             });
@@ -106,6 +112,7 @@ impl Model {
                 merge: usage.merge,
             }),
             checkpoint,
+            stored: None,
         })
     }
 
@@ -164,11 +171,81 @@ impl Model {
             .collect()
     }
 
-    /// The tokenizer's files: the adapter's own if it has any, else the whole model's.
+    /// The tensors that the decoder computes with, under its names.
+    ///
+    /// # Errors
+    /// When a GGUF file is of no known architecture.
+    pub(super) fn tensors(&self) -> Result<Vec<TensorView<'_>>, Failure> {
+        Ok(match self.stored()? {
+            Some(stored) => stored.tensors(&self.checkpoint).collect(),
+            None => self.whole().tensors().collect(),
+        })
+    }
+
+    /// The model in a GGUF file, nothing of another checkpoint.
+    fn stored(&self) -> Result<Option<&StoredModel>, Failure> {
+        match &self.stored {
+            None => Ok(None),
+            Some(Ok(stored)) => Ok(Some(stored)),
+            Some(Err(error)) => Err(self.not_computable(error)),
+        }
+    }
+
+    fn not_computable(&self, error: &StoredModelError) -> Failure {
+        Failure::doing(
+            Exit::Refused,
+            format!("cannot compute with `{}`", self.checkpoint.path().display()),
+            error,
+        )
+        .hint("a perturbation that was made for it can still be added with --perturbation")
+    }
+
+    /// What the checkpoint calls the target that the decoder calls `name`.
+    ///
+    /// # Errors
+    /// When it is one of several in a tensor.
+    pub(super) fn stored_name(&self, name: &str) -> Result<String, Failure> {
+        match self.stored()? {
+            None => Ok(name.to_owned()),
+            Some(stored) => stored.stored_name(name).map(str::to_owned).ok_or_else(|| {
+                Failure::new(Exit::Refused, "experts of a GGUF file cannot be targets")
+                    .because(format!("`{}` is part of a larger tensor", shown(name)))
+                    .hint("name other projections with --targets, or patch the model that it was converted from")
+            }),
+        }
+    }
+
+    /// The config of what computes: that of a GGUF file from its metadata, otherwise in `config.json`.
+    ///
+    /// # Errors
+    /// When there is none, or it is refused.
+    pub(super) fn config(&self) -> Result<Config, Failure> {
+        match self.stored()? {
+            None => read_config(&self.config_file()?),
+            Some(stored) => stored
+                .config(&self.checkpoint)
+                .map_err(|error| self.not_computable(&error)),
+        }
+    }
+
+    /// Where the config is, if not in a GGUF file's metadata.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(super) fn config_file(&self) -> Result<PathBuf, Failure> {
+        required_side_file(self.whole(), "config.json")
+    }
+
+    /// The tokenizer's files: the adapter's own if it has any, else the whole model's; of a GGUF file those that say what its metadata does.
     ///
     /// # Errors
     /// When there is no `tokenizer.json`.
     pub(super) fn tokenizer(&self) -> Result<TokenizerFiles, Failure> {
+        if let Some(stored) = self.stored()? {
+            return stored
+                .tokenizer(&self.checkpoint)
+                .map_err(|error| self.not_computable(&error));
+        }
         let own = self.checkpoint.side_file("tokenizer.json").is_some();
         let find = |name: &str| match name {
             "config.json" | "generation_config.json" => self.whole().side_file(name),
@@ -192,7 +269,7 @@ impl Model {
     ) -> Result<Decoder<'_>, Failure> {
         let Some(adapter) = self.adapter()? else {
             let selection = selection.cloned().unwrap_or_default();
-            return Ok(Decoder::new(config, self.checkpoint.tensors(), &selection)?);
+            return Ok(Decoder::new(config, self.tensors()?, &selection)?);
         };
         let tensors = adapter.base_tensors(self.whole());
         let modules = adapter

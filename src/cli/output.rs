@@ -91,7 +91,7 @@ impl Output {
         let needed = copied_bytes(checkpoint)?.saturating_add(MANIFEST_ROOM);
         let inputs = output.inputs();
         match checkpoint.layout() {
-            Layout::LoneFile => {
+            layout if layout.is_one_file() => {
                 OutputFile::check(&output.target, overwrite, &inputs, needed)?;
                 for path in output.beside() {
                     OutputFile::check(&path, overwrite, &inputs, 0)?;
@@ -134,7 +134,9 @@ impl Output {
         ));
         let watch = CopyWatch::new(reporter, total);
         let written = match model.copied().layout() {
-            Layout::LoneFile => self.write_file(model, wanted, settings, origin, &watch),
+            layout if layout.is_one_file() => {
+                self.write_file(model, wanted, settings, origin, &watch)
+            }
             _ => self.write_directory(model, wanted, settings, origin, &watch),
         };
         watch.finish();
@@ -451,7 +453,7 @@ fn default_target(model: &Model) -> Result<PathBuf, Failure> {
     let path = named_path(model.checkpoint.path())?;
     Ok(match model.copied().layout() {
         Layout::LoneFile if model.merges() => with_suffix(&path, "-panacea.safetensors"),
-        Layout::LoneFile => {
+        layout if layout.is_one_file() => {
             let extension = path.extension().unwrap_or_default().to_string_lossy();
             path.with_extension(format!("panacea.{extension}"))
         }
@@ -463,7 +465,7 @@ fn default_target(model: &Model) -> Result<PathBuf, Failure> {
 pub(super) fn default_perturbation(checkpoint: &Checkpoint) -> Result<PathBuf, Failure> {
     let path = named_path(checkpoint.path())?;
     Ok(match checkpoint.layout() {
-        Layout::LoneFile => path.with_extension("perturbation.safetensors"),
+        layout if layout.is_one_file() => path.with_extension("perturbation.safetensors"),
         _ => with_suffix(&path, ".perturbation.safetensors"),
     })
 }

@@ -157,7 +157,7 @@ impl Plan {
             reads.push((file.name.clone(), length));
         }
         let writes = match checkpoint.layout() {
-            Layout::LoneFile => {
+            layout if layout.is_one_file() => {
                 let mut writes = vec![target.clone()];
                 writes.push(manifest_path(output.target()).display().to_string());
                 if output.is_signed() {

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use panacea_formats::{DataSource, Space};
-use panacea_patch::apply::{ApplySettings, Rounding};
+use panacea_patch::apply::{ApplySettings, LEAST_REALIZED, Rounding};
 use panacea_patch::data::{SetPaths, Sets, Source, TemplateChoice};
 use panacea_patch::model::TargetSelection;
 use panacea_patch::optimize::{
@@ -304,12 +304,34 @@ pub(super) fn refuse_search_flags(args: &PatchArgs) -> Result<(), Failure> {
 /// How the perturbation is to be added. `seed` is that of stochastic rounding.
 pub(super) fn addition(args: &AdditionArgs, seed: u64) -> ApplySettings {
     ApplySettings {
-        patched_type: None,
+        patched_type: args.patched_type,
+        least_realized: args.min_realized.unwrap_or(LEAST_REALIZED),
         strength: args.strength.unwrap_or_default(),
         rounding: match args.rounding {
             Some(RoundingName::Stochastic) => Rounding::Stochastic { seed },
             Some(RoundingName::Nearest) | None => Rounding::Nearest,
         },
+    }
+}
+
+/// Refuses settings of the addition that only a GGUF file has a use for, when `model` is none.
+///
+/// # Errors
+/// A usage error naming the first of them.
+pub(super) fn check_addition(args: &AdditionArgs, model: &Model) -> Result<(), Failure> {
+    let flags = [
+        ("--patched-type", args.patched_type.is_some()),
+        ("--min-realized", args.min_realized.is_some()),
+    ];
+    let given = flags.into_iter().find(|(_, given)| *given);
+    match given.filter(|_| !model.checkpoint.layout().is_gguf()) {
+        None => Ok(()),
+        Some((flag, _)) => Err(Failure::usage(format!("`{flag}` has no effect here"))
+            .because(format!(
+                "`{}` is no GGUF file, and its tensors keep their type",
+                model.checkpoint.path().display()
+            ))
+            .hint(format!("leave out `{flag}`"))),
     }
 }
 
@@ -328,6 +350,9 @@ pub(super) fn addition_parameters(settings: ApplySettings, model: &Model) -> Map
         _ => "nearest",
     };
     parameters.insert("rounding".to_owned(), json!(rounding));
+    if let Some(dtype) = settings.patched_type {
+        parameters.insert("patched_type".to_owned(), json!(dtype.name()));
+    }
     parameters
 }
 

@@ -16,7 +16,7 @@ use tokenizers::Tokenizer;
 use super::chat::ChatError;
 use super::dataset::Place;
 use super::rows::{Example, Request};
-use super::side_files::{Eos, SideFiles, TokenizerFiles, read};
+use super::side_files::{Eos, SideFiles, TokenizerFiles};
 use super::template::{Segment, Template, TemplateChoice, TemplateError};
 use crate::model::EncodedRow;
 
@@ -43,9 +43,9 @@ impl Encoder {
         max_length: usize,
         vocabulary: usize,
     ) -> Result<Self, EncodeError> {
-        let mut tokenizer = Tokenizer::from_bytes(read(&files.tokenizer)?).map_err(|source| {
+        let mut tokenizer = Tokenizer::from_bytes(files.tokenizer.read()?).map_err(|source| {
             EncodeError::Tokenizer {
-                path: files.tokenizer.clone(),
+                path: files.tokenizer.name().to_owned(),
                 source,
             }
         })?;

@@ -22,7 +22,7 @@ pub use data_path::{DataPath, DataPathError};
 pub use dataset::{DataError, DataErrorKind, Dataset, Place, RowError, Source};
 pub use encode::{EncodeError, Encoder};
 pub use rows::{Dialogue, Example, Message, Refusal, Request, Role, Row, RowProblem};
-pub use side_files::TokenizerFiles;
+pub use side_files::{Text, TokenizerFiles};
 pub use template::{Segment, Template, TemplateChoice, TemplateError, UnknownTemplate};
 
 /// The data sets that the user gives; all may be left out.

@@ -1,8 +1,9 @@
 //! What a checkpoint's side files say about text: special tokens, the end of a sequence, the chat template.
 //!
-//! In: paths. Out: typed answers, in transformers' order of precedence. Files that are not there say nothing; files that are there and
+//! In: paths, or contents. Out: typed answers, in transformers' order of precedence. Files that are not there say nothing; files that are there and
 //! make no sense are refused.
 
+use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -16,17 +17,60 @@ use super::encode::EncodeError;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenizerFiles {
     /// `tokenizer.json`.
-    pub tokenizer: PathBuf,
+    pub tokenizer: Text,
     /// `tokenizer_config.json`: special tokens, and in most checkpoints the chat template.
-    pub tokenizer_config: Option<PathBuf>,
+    pub tokenizer_config: Option<Text>,
     /// `special_tokens_map.json`: special tokens, in older checkpoints.
-    pub special_tokens_map: Option<PathBuf>,
+    pub special_tokens_map: Option<Text>,
     /// `chat_template.jinja`: goes before the one in `tokenizer_config.json`.
-    pub chat_template: Option<PathBuf>,
+    pub chat_template: Option<Text>,
     /// `generation_config.json`: the end-of-sequence id, where no special token says it.
-    pub generation_config: Option<PathBuf>,
+    pub generation_config: Option<Text>,
     /// `config.json`: likewise.
-    pub config: Option<PathBuf>,
+    pub config: Option<Text>,
+}
+
+/// A file, or what would stand in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Text {
+    /// To be read.
+    File(PathBuf),
+    /// At hand already.
+    Held {
+        /// What errors call it.
+        name: PathBuf,
+        /// The content.
+        bytes: Vec<u8>,
+    },
+}
+
+impl Text {
+    /// Where the file is, if it is one.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Held { .. } => None,
+        }
+    }
+
+    /// What errors call it.
+    pub(super) fn name(&self) -> &Path {
+        match self {
+            Self::File(path) | Self::Held { name: path, .. } => path,
+        }
+    }
+
+    pub(super) fn read(&self) -> Result<Cow<'_, [u8]>, EncodeError> {
+        match self {
+            Self::Held { bytes, .. } => Ok(Cow::Borrowed(bytes)),
+            Self::File(path) => fs::read(path)
+                .map(Cow::Owned)
+                .map_err(|source| EncodeError::Io {
+                    path: path.clone(),
+                    source,
+                }),
+        }
+    }
 }
 
 impl TokenizerFiles {
@@ -35,6 +79,7 @@ impl TokenizerFiles {
     /// # Errors
     /// [`EncodeError::NoTokenizer`] when there is no `tokenizer.json`.
     pub fn find(side_file: impl Fn(&str) -> Option<PathBuf>) -> Result<Self, EncodeError> {
+        let side_file = |name: &str| side_file(name).map(Text::File);
         Ok(Self {
             tokenizer: side_file("tokenizer.json").ok_or(EncodeError::NoTokenizer)?,
             tokenizer_config: side_file("tokenizer_config.json"),
@@ -67,20 +112,20 @@ impl SideFiles {
     pub(super) fn read(files: &TokenizerFiles) -> Result<Self, EncodeError> {
         let chat_template = match &files.chat_template {
             None => None,
-            Some(path) => {
-                Some(
-                    String::from_utf8(read(path)?).map_err(|source| EncodeError::NotText {
-                        path: path.clone(),
-                        source,
-                    })?,
-                )
+            Some(text) => {
+                let bytes = text.read()?.into_owned();
+                let content = String::from_utf8(bytes).map_err(|source| EncodeError::NotText {
+                    path: text.name().to_owned(),
+                    source,
+                })?;
+                Some(content)
             }
         };
         Ok(Self {
-            tokenizer_config: object(files.tokenizer_config.as_deref())?,
-            special_tokens_map: object(files.special_tokens_map.as_deref())?,
-            generation_config: object(files.generation_config.as_deref())?,
-            config: object(files.config.as_deref())?,
+            tokenizer_config: object(files.tokenizer_config.as_ref())?,
+            special_tokens_map: object(files.special_tokens_map.as_ref())?,
+            generation_config: object(files.generation_config.as_ref())?,
+            config: object(files.config.as_ref())?,
             chat_template,
         })
     }
@@ -168,22 +213,15 @@ const SPECIAL_TOKENS: [&str; 7] = [
     "mask_token",
 ];
 
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, EncodeError> {
-    fs::read(path).map_err(|source| EncodeError::Io {
-        path: path.to_owned(),
-        source,
-    })
-}
-
-fn object(path: Option<&Path>) -> Result<Option<Value>, EncodeError> {
-    let Some(path) = path else {
+fn object(text: Option<&Text>) -> Result<Option<Value>, EncodeError> {
+    let Some(text) = text else {
         return Ok(None);
     };
     let wrong = |source| EncodeError::SideFile {
-        path: path.to_owned(),
+        path: text.name().to_owned(),
         source,
     };
-    match serde_json::from_slice(&read(path)?) {
+    match serde_json::from_slice(&text.read()?) {
         Ok(value @ Value::Object(_)) => Ok(Some(value)),
         Ok(_) => Err(wrong(None)),
         Err(error) => Err(wrong(Some(error))),

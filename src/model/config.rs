@@ -120,25 +120,11 @@ impl Config {
     /// together, or a setting asks for arithmetic that this decoder does not do.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let whole: Map<String, Value> = serde_json::from_str(text).map_err(ConfigError::Json)?;
-        let whole = Settings::of(&whole);
-        // Of a model with several towers, only the text part is computed.
-        let text_part = whole.object("text_config")?;
-        let settings = text_part.map_or(whole, Settings::of);
-        let model_type = match (settings.text("model_type")?, whole.text("model_type")?) {
-            (None, Some("gemma3")) => "gemma3_text",
-            (Some(model_type), _) | (None, Some(model_type)) => model_type,
-            (None, None) => {
-                return Err(ConfigError::Missing {
-                    setting: "model_type",
-                });
-            }
-        };
-        let Some(family) = Family::named(model_type) else {
-            return Err(ConfigError::ModelType {
-                found: model_type.to_owned(),
-            });
-        };
-        let outer = text_part.map(|_| whole);
+        let TextPart {
+            family,
+            settings,
+            outer,
+        } = TextPart::of(&whole)?;
         if let Some(outer) = outer {
             if let Some(found) = outer
                 .text("model_type")?
@@ -165,7 +151,7 @@ impl Config {
             (Some(tied), _) | (None, Some(tied)) => tied,
             (None, None) => family.tied,
         };
-        resolve(family, settings.with_defaults(family.defaults), tied)
+        resolve(family, settings, tied)
     }
 
     /// The same model over tensors as GGUF stores them: the weights of norms are what is multiplied with, a family's offset
@@ -200,6 +186,45 @@ impl Config {
             dim: self.head_dim,
             pairs: self.pairs,
         }
+    }
+}
+
+/// The settings of a model's decoder of text, with its family's defaults.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TextPart<'a> {
+    pub(super) family: &'static Family,
+    /// The settings.
+    pub(crate) settings: Settings<'a>,
+    /// Those of the whole, where there are several towers.
+    outer: Option<Settings<'a>>,
+}
+
+impl<'a> TextPart<'a> {
+    /// Finds them in a config.
+    pub(crate) fn of(whole: &'a Map<String, Value>) -> Result<Self, ConfigError> {
+        let whole = Settings::of(whole);
+        // Of a model with several towers, only the text part is computed.
+        let text_part = whole.object("text_config")?;
+        let settings = text_part.map_or(whole, Settings::of);
+        let model_type = match (settings.text("model_type")?, whole.text("model_type")?) {
+            (None, Some("gemma3")) => "gemma3_text",
+            (Some(model_type), _) | (None, Some(model_type)) => model_type,
+            (None, None) => {
+                return Err(ConfigError::Missing {
+                    setting: "model_type",
+                });
+            }
+        };
+        let Some(family) = Family::named(model_type) else {
+            return Err(ConfigError::ModelType {
+                found: model_type.to_owned(),
+            });
+        };
+        Ok(Self {
+            family,
+            settings: settings.with_defaults(family.defaults),
+            outer: text_part.map(|_| whole),
+        })
     }
 }
 

@@ -63,6 +63,8 @@ impl Decoder<'_> {
     /// their inner dimension, except of no more than 64 x 64 elements. A sequence that grows beyond the length at which a model takes
     /// other rotary frequencies is computed anew there, since its keys are; transformers does so too, though for all of a batch.
     ///
+    /// Every token reads all weights, so that with [`Decoder::releasing`] their pages are given back at the end, not block by block.
+    ///
     /// # Errors
     /// [`PackError`] when a prompt is empty, or a token is outside of the vocabulary.
     pub fn generate<'v>(
@@ -77,7 +79,11 @@ impl Decoder<'_> {
         self.check_tokens(prompts.iter().flatten())?;
         let point = point.into();
         // Inside of the pool, where a parallel loop of a few rows does not wait for another thread to wake up.
-        rayon::scope(|_| self.advance_all(point, prompts, generation))
+        let found = rayon::scope(|_| self.advance_all(point, prompts, generation));
+        if let Some(checkpoint) = self.released {
+            checkpoint.release();
+        }
+        found
     }
 
     /// Bytes that the keys and values of a sequence of `tokens` tokens take, in f32.

@@ -11,7 +11,7 @@
 
 mod adapter;
 mod block;
-mod config;
+pub(crate) mod config;
 mod decoder;
 mod family;
 mod frequencies;
@@ -23,7 +23,7 @@ pub(crate) mod matmul;
 mod mixture;
 mod pack;
 mod point;
-mod settings;
+pub(crate) mod settings;
 mod step;
 mod stream;
 mod targets;
@@ -40,4 +40,4 @@ pub use pack::{EncodedRow, Pack, Prediction};
 pub use point::Point;
 pub use targets::{SelectionError, Target, TargetSelection, place_of_module};
 pub use tensors::TargetTensors;
-pub use weights::{WeightsError, decoder_prefix};
+pub use weights::{WeightsError, check_tensors, decoder_prefix};

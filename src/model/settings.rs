@@ -9,14 +9,14 @@ use super::config::ConfigError;
 
 /// Settings by name, and what those stand at that are not given.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Settings<'a> {
+pub(crate) struct Settings<'a> {
     given: &'a Map<String, Value>,
     defaults: &'static [(&'static str, f64)],
 }
 
 impl<'a> Settings<'a> {
     /// Settings without any defaults.
-    pub(super) fn of(given: &'a Map<String, Value>) -> Self {
+    pub(crate) fn of(given: &'a Map<String, Value>) -> Self {
         Self {
             given,
             defaults: &[],
@@ -24,12 +24,12 @@ impl<'a> Settings<'a> {
     }
 
     /// The same settings with `defaults` for those that are absent. One that is `null` has no value.
-    pub(super) fn with_defaults(self, defaults: &'static [(&'static str, f64)]) -> Self {
+    pub(crate) fn with_defaults(self, defaults: &'static [(&'static str, f64)]) -> Self {
         Self { defaults, ..self }
     }
 
     /// Names and values, those that are `null`, `false` or empty left out: such a setting asks for nothing.
-    pub(super) fn active(self) -> impl Iterator<Item = (&'a str, &'a Value)> {
+    pub(crate) fn active(self) -> impl Iterator<Item = (&'a str, &'a Value)> {
         let idle = |value: &Value| match value {
             Value::Null | Value::Bool(false) => true,
             Value::Array(items) => items.is_empty(),
@@ -43,15 +43,15 @@ impl<'a> Settings<'a> {
     }
 
     /// The value of a setting, if it has one.
-    pub(super) fn value(self, setting: &str) -> Option<&'a Value> {
+    pub(crate) fn value(self, setting: &str) -> Option<&'a Value> {
         self.given.get(setting).filter(|value| !value.is_null())
     }
 
-    pub(super) fn text(self, setting: &'static str) -> Result<Option<&'a str>, ConfigError> {
+    pub(crate) fn text(self, setting: &'static str) -> Result<Option<&'a str>, ConfigError> {
         self.typed(setting, "a string", Value::as_str)
     }
 
-    pub(super) fn object(
+    pub(crate) fn object(
         self,
         setting: &'static str,
     ) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
@@ -59,7 +59,7 @@ impl<'a> Settings<'a> {
     }
 
     /// A number that is finite in f32 too, in which all of them are used.
-    pub(super) fn number(self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
+    pub(crate) fn number(self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
         let given = self.typed(setting, "a number that f32 holds", |value| {
             value.as_f64().filter(|&x| narrowed(x).is_finite())
         })?;
@@ -67,7 +67,7 @@ impl<'a> Settings<'a> {
     }
 
     /// A number above 0, in f32 too.
-    pub(super) fn positive(self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
+    pub(crate) fn positive(self, setting: &'static str) -> Result<Option<f64>, ConfigError> {
         let given = self.typed(setting, "a number above 0 that f32 holds", |value| {
             let fits = |&x: &f64| narrowed(x) > 0.0 && narrowed(x).is_finite();
             value.as_f64().filter(fits)
@@ -76,16 +76,16 @@ impl<'a> Settings<'a> {
     }
 
     /// A flag that is off when it is not given.
-    pub(super) fn flag(self, setting: &'static str) -> Result<bool, ConfigError> {
+    pub(crate) fn flag(self, setting: &'static str) -> Result<bool, ConfigError> {
         Ok(self.optional_flag(setting)?.unwrap_or(false))
     }
 
-    pub(super) fn optional_flag(self, setting: &'static str) -> Result<Option<bool>, ConfigError> {
+    pub(crate) fn optional_flag(self, setting: &'static str) -> Result<Option<bool>, ConfigError> {
         self.typed(setting, "true or false", Value::as_bool)
     }
 
     /// A size of at least 1 and below 2^31, so that products of two fit u64 everywhere.
-    pub(super) fn size(self, setting: &'static str) -> Result<Option<usize>, ConfigError> {
+    pub(crate) fn size(self, setting: &'static str) -> Result<Option<usize>, ConfigError> {
         let given = self.typed(setting, "a whole number from 1 to 2147483647", |value| {
             let size = value.as_u64().filter(|size| (1..1 << 31).contains(size))?;
             usize::try_from(size).ok()
@@ -100,12 +100,12 @@ impl<'a> Settings<'a> {
     }
 
     /// As [`Self::size`], of a setting that must have a value.
-    pub(super) fn needed_size(self, setting: &'static str) -> Result<usize, ConfigError> {
+    pub(crate) fn needed_size(self, setting: &'static str) -> Result<usize, ConfigError> {
         self.size(setting)?.ok_or(ConfigError::Missing { setting })
     }
 
     /// A list of whole numbers from 0 on.
-    pub(super) fn indices(self, setting: &'static str) -> Result<Vec<usize>, ConfigError> {
+    pub(crate) fn indices(self, setting: &'static str) -> Result<Vec<usize>, ConfigError> {
         let list = self.list(setting, "a list of whole numbers", |value| {
             value.as_u64().and_then(|index| usize::try_from(index).ok())
         })?;
@@ -113,14 +113,14 @@ impl<'a> Settings<'a> {
     }
 
     /// A list of numbers that are finite in f32 too.
-    pub(super) fn numbers(self, setting: &'static str) -> Result<Option<Vec<f64>>, ConfigError> {
+    pub(crate) fn numbers(self, setting: &'static str) -> Result<Option<Vec<f64>>, ConfigError> {
         self.list(setting, "a list of numbers that f32 holds", |value| {
             value.as_f64().filter(|&x| narrowed(x).is_finite())
         })
     }
 
     /// A list of strings.
-    pub(super) fn texts(self, setting: &'static str) -> Result<Option<Vec<&'a str>>, ConfigError> {
+    pub(crate) fn texts(self, setting: &'static str) -> Result<Option<Vec<&'a str>>, ConfigError> {
         self.list(setting, "a list of strings", Value::as_str)
     }
 
@@ -165,6 +165,6 @@ impl<'a> Settings<'a> {
     clippy::cast_possible_truncation,
     reason = "rounding to f32 is what PyTorch does with these constants"
 )]
-pub(super) fn narrowed(x: f64) -> f32 {
+pub(crate) fn narrowed(x: f64) -> f32 {
     x as f32
 }

@@ -64,12 +64,17 @@ pub enum Array {
 
 /// Keys and values in the order of the file; no key is there twice.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Metadata(Vec<(String, Value)>);
+pub struct Metadata(Vec<(Box<str>, Value)>);
 
 impl Metadata {
+    /// The pairs are known to have no key twice.
+    pub(super) fn of_distinct(pairs: Vec<(Box<str>, Value)>) -> Self {
+        Self(pairs)
+    }
+
     /// Keys and values in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> {
-        self.0.iter().map(|(key, value)| (key.as_str(), value))
+        self.0.iter().map(|(key, value)| (&**key, value))
     }
 
     /// The value of `key`.
@@ -82,19 +87,56 @@ impl Metadata {
     /// Gives `key` another value in its place, or adds it at the end.
     pub fn set(&mut self, key: impl Into<String>, value: Value) {
         let key = key.into();
-        match self.0.iter_mut().find(|(it, _)| *it == key) {
+        match self.0.iter_mut().find(|(it, _)| **it == *key) {
             Some((_, old)) => *old = value,
-            None => self.0.push((key, value)),
+            None => self.0.push((key.into(), value)),
         }
     }
 
     /// Takes `key` out, if it is there.
     pub fn remove(&mut self, key: &str) {
-        self.0.retain(|(it, _)| it != key);
+        self.0.retain(|(it, _)| **it != *key);
     }
 }
 
 impl Value {
+    pub(super) fn value_type(&self) -> ValueType {
+        match self {
+            Self::U8(_) => ValueType::U8,
+            Self::I8(_) => ValueType::I8,
+            Self::U16(_) => ValueType::U16,
+            Self::I16(_) => ValueType::I16,
+            Self::U32(_) => ValueType::U32,
+            Self::I32(_) => ValueType::I32,
+            Self::F32(_) => ValueType::F32,
+            Self::Bool(_) => ValueType::Bool,
+            Self::Text(_) => ValueType::Text,
+            Self::Array(_) => ValueType::Array,
+            Self::U64(_) => ValueType::U64,
+            Self::I64(_) => ValueType::I64,
+            Self::F64(_) => ValueType::F64,
+        }
+    }
+
+    /// The name of its type, as llama.cpp has it.
+    pub fn type_name(&self) -> &'static str {
+        match self.value_type() {
+            ValueType::U8 => "u8",
+            ValueType::I8 => "i8",
+            ValueType::U16 => "u16",
+            ValueType::I16 => "i16",
+            ValueType::U32 => "u32",
+            ValueType::I32 => "i32",
+            ValueType::F32 => "f32",
+            ValueType::Bool => "bool",
+            ValueType::Text => "str",
+            ValueType::Array => "arr",
+            ValueType::U64 => "u64",
+            ValueType::I64 => "i64",
+            ValueType::F64 => "f64",
+        }
+    }
+
     /// A text.
     pub fn as_text(&self) -> Option<&str> {
         match self {
@@ -153,3 +195,63 @@ impl Array {
         }
     }
 }
+
+/// What a file calls the type of a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ValueType {
+    U8 = 0,
+    I8 = 1,
+    U16 = 2,
+    I16 = 3,
+    U32 = 4,
+    I32 = 5,
+    F32 = 6,
+    Bool = 7,
+    Text = 8,
+    Array = 9,
+    U64 = 10,
+    I64 = 11,
+    F64 = 12,
+}
+
+impl ValueType {
+    const ALL: [Self; 13] = [
+        Self::U8,
+        Self::I8,
+        Self::U16,
+        Self::I16,
+        Self::U32,
+        Self::I32,
+        Self::F32,
+        Self::Bool,
+        Self::Text,
+        Self::Array,
+        Self::U64,
+        Self::I64,
+        Self::F64,
+    ];
+
+    /// The type of that number, if there is one.
+    pub(super) fn numbered(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|it| it.number() == number)
+    }
+
+    pub(super) const fn number(self) -> u32 {
+        self as u32
+    }
+
+    /// The fewest bytes that a value takes: of a number all of them, of a text its length, of an array type and length.
+    pub(super) const fn least_bytes(self) -> usize {
+        match self {
+            Self::U8 | Self::I8 | Self::Bool => 1,
+            Self::U16 | Self::I16 => 2,
+            Self::U32 | Self::I32 | Self::F32 => 4,
+            Self::U64 | Self::I64 | Self::F64 | Self::Text => 8,
+            Self::Array => 12,
+        }
+    }
+}
+
+// The promise of how much memory a header takes rests on these: 14 bytes of a file are the least that a key takes there, and 12 an
+// array in an array.
+const _: () = assert!(size_of::<(Box<str>, Value)>() <= 48 && size_of::<Array>() <= 32);

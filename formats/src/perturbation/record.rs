@@ -54,7 +54,11 @@ impl Space {
     pub fn of(checkpoint: &Checkpoint) -> Self {
         match checkpoint.layout() {
             Layout::Adapter => Self::Adapter,
-            Layout::Directory | Layout::LoneFile | Layout::Sharded => Self::Weights,
+            Layout::Directory
+            | Layout::Gguf
+            | Layout::LoneFile
+            | Layout::Sharded
+            | Layout::SplitGguf => Self::Weights,
         }
     }
 }

@@ -451,14 +451,6 @@ impl<'de> Visitor<'de> for ShapeSeed {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SafetensorsError {
-    /// The length is no longer the one at opening.
-    #[error("the file had {opened} bytes when it was opened and has {found} now")]
-    Changed {
-        /// Length at opening.
-        opened: u64,
-        /// Length now.
-        found: u64,
-    },
     /// Bytes behind the last tensor.
     #[error("the tensors end after {claimed} bytes of data, and {} bytes follow", found - claimed)]
     DataTooLong {
