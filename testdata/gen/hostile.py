@@ -433,6 +433,12 @@ def gguf_cases():
     g("key-twice-apart", "DuplicateKey", "with others between them", gguf([one, pair("b", U8, 1), pair("aa", U8, 1), one]))
     g("key-alike", "sound", "other capitals are another key", gguf([one, pair("A", U8, 1), pair("a ", U8, 1)]))
 
+    # What takes the most memory for each byte: opening may allocate four times the file.
+    g("dense-keys", "sound", "the shortest keys with the shortest values", gguf([pair(chr(1 + i), BOOL, 1) for i in range(120)]))
+    g("dense-texts", "sound", "texts without a character", gguf([pair("a", ARRAY, array(TEXT, 250, text("") * 250))]))
+    g("dense-arrays", "sound", "arrays without an element", gguf([pair("a", ARRAY, array(ARRAY, 150, array(U8, 0) * 150))]))
+    g("dense-tensors", "sound", "scalars of an unknown type, without bytes", gguf([], [info(chr(1 + i), (), 1000) for i in range(75)], b""))
+
     values = b"\0" * 60
     g("value-of-last-type", "sound", "type 12", gguf([pair("a", F64, b"\0" * 8)]))
     g("value-of-no-type", "UnknownValueType", "type 13", gguf([pair("a", 13, values)]))
