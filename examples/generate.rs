@@ -2,14 +2,15 @@
 //!
 //!     cargo run --release --example generate -- MODEL PROMPT [PROMPT ...] [--max-new-tokens N] [--raw]
 //!
-//! MODEL is a checkpoint directory. PROMPT is put into its chat template; with --raw it is the text itself. Prints for each prompt one
+//! MODEL is a checkpoint directory or a GGUF file. PROMPT is put into its chat template; with --raw it is the text itself. Prints for each prompt one
 //! line of JSON: `{"prompt": [ids], "tokens": [ids], "text": ".."}`. How long it took goes to standard error.
 
 use std::error::Error;
 use std::path::Path;
 use std::time::Instant;
 
-use panacea_formats::Checkpoint;
+use panacea_formats::{Checkpoint, TensorView};
+use panacea_patch::convert::StoredModel;
 use panacea_patch::data::{Encoder, Request, TemplateChoice, TokenizerFiles};
 use panacea_patch::model::{Config, Decoder, Generation, Point, TargetSelection};
 
@@ -25,12 +26,26 @@ fn main() -> Result<(), Box<dyn Error>> {
         max_new_tokens,
         template,
     } = Options::parse(std::env::args().skip(1))?;
-    let directory = Path::new(&model);
-    let checkpoint = Checkpoint::open(directory)?;
-    let config = Config::parse(&std::fs::read_to_string(directory.join("config.json"))?)?;
-    let files = TokenizerFiles::find(|name| checkpoint.side_file(name))?;
+    let path = Path::new(&model);
+    let checkpoint = Checkpoint::open(path)?;
+    let stored = match checkpoint.layout().is_gguf() {
+        true => Some(StoredModel::of(&checkpoint)?),
+        false => None,
+    };
+    let (config, files, tensors): (_, _, Vec<TensorView<'_>>) = match &stored {
+        Some(stored) => (
+            stored.config(&checkpoint)?,
+            stored.tokenizer(&checkpoint)?,
+            stored.tensors(&checkpoint).collect(),
+        ),
+        None => (
+            Config::parse(&std::fs::read_to_string(path.join("config.json"))?)?,
+            TokenizerFiles::find(|name| checkpoint.side_file(name))?,
+            checkpoint.tensors().collect(),
+        ),
+    };
     let encoder = Encoder::open(&files, template, usize::MAX, config.vocab_size)?;
-    let mut decoder = Decoder::new(config, checkpoint.tensors(), &TargetSelection::default())?;
+    let mut decoder = Decoder::new(config, tensors, &TargetSelection::default())?;
 
     let requests = prompts
         .into_iter()
