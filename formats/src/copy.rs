@@ -21,6 +21,7 @@ use crate::checkpoint::{Checkpoint, Shard, SideFile, SideFiles};
 use crate::digest::{Hasher, Sha256};
 use crate::dtype::Dtype;
 use crate::error::{FormatError, shown};
+use crate::gguf::{GgufFile, GgufLayout, GgufWriteError, TensorInfo};
 use crate::tensor::TensorView;
 use crate::weights_file::WeightsFile;
 
@@ -305,6 +306,19 @@ fn segments<'a, P: Patch>(
     file: &'a WeightsFile,
     patch: &P,
 ) -> Result<Vec<Segment<'a>>, WriteError<P::Error>> {
+    let retyped = file
+        .tensors()
+        .find(|tensor| patch.targets(tensor) && patch.dtype(tensor) != tensor.dtype);
+    match (file, retyped) {
+        (_, None) => {}
+        (WeightsFile::Gguf(file), Some(_)) => return laid_out_anew(file, patch),
+        (WeightsFile::Safetensors(_), Some(tensor)) => {
+            return Err(WriteError::NotPatchable {
+                tensor: tensor.name.to_owned(),
+                dtype: patch.dtype(&tensor),
+            });
+        }
+    }
     let all = file.file_bytes();
     let mut segments = Vec::new();
     let mut copied = 0;
@@ -316,6 +330,48 @@ fn segments<'a, P: Patch>(
         }
     }
     segments.extend(Segment::copied(&all[copied..]));
+    Ok(segments)
+}
+
+/// As [`segments`], of a GGUF file in which tensors get other types: its header is written anew, and so is all padding.
+fn laid_out_anew<'a, P: Patch>(
+    file: &'a GgufFile,
+    patch: &P,
+) -> Result<Vec<Segment<'a>>, WriteError<P::Error>> {
+    let all = file.file_bytes();
+    let infos = file.tensors().map(|tensor| match tensor.view() {
+        Some(view) if patch.targets(&view) => {
+            TensorInfo::new(view.name, patch.dtype(&view), view.shape)
+        }
+        _ => TensorInfo::raw(
+            tensor.name,
+            tensor.type_number,
+            tensor.shape,
+            tensor.bytes.len(),
+        ),
+    });
+    let infos: Vec<TensorInfo> = infos.collect::<Result<_, _>>()?;
+    let layout = GgufLayout::new(file.metadata(), &infos)?;
+    let replaced = |stored: &'a [u8], by: &[u8]| Segment {
+        stored,
+        becomes: Becomes::Replaced(by.to_vec()),
+    };
+    let mut segments = vec![replaced(file.header_bytes(), layout.header())];
+    let mut ends = file.header_bytes().len();
+    for (index, tensor) in file.tensors().enumerate() {
+        let padding = match index.checked_sub(1) {
+            Some(before) => layout.padding(before),
+            None => 0,
+        };
+        segments.push(replaced(&all[ends..tensor.offset], &vec![0; padding]));
+        match tensor.view() {
+            Some(view) if patch.targets(&view) => segments.extend(patched(view, patch)?),
+            _ => segments.extend(Segment::copied(tensor.bytes)),
+        }
+        ends = tensor.offset + tensor.bytes.len();
+    }
+    let padding = infos.len().checked_sub(1).map(|last| layout.padding(last));
+    segments.push(replaced(&all[ends..], &vec![0; padding.unwrap_or(0)]));
     Ok(segments)
 }
 
@@ -489,6 +545,9 @@ const SIDE_PIECE: usize = 1 << 20;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum WriteError<E: std::error::Error + 'static> {
+    /// A GGUF file that cannot be written with other types.
+    #[error(transparent)]
+    Layout(#[from] GgufWriteError),
     /// The checkpoint could not be read.
     #[error(transparent)]
     Input(#[from] FormatError),

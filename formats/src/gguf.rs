@@ -33,6 +33,7 @@ mod decode;
 mod error;
 mod header;
 mod value;
+mod writer;
 
 use std::path::{Path, PathBuf};
 
@@ -46,6 +47,7 @@ pub use decode::MAX_ARRAY_DEPTH;
 pub use error::{GgufError, Place};
 pub use header::{ALIGNMENT, DEFAULT_ALIGNMENT, MAX_TENSOR_DIMENSIONS, MAX_TENSOR_NAME};
 pub use value::{Array, Metadata, Value};
+pub use writer::{GgufLayout, GgufWriteError, TensorInfo};
 
 use header::{Entry, Header};
 

@@ -75,7 +75,7 @@ pub use perturbation::{
 };
 pub use safetensors::{
     MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError, SafetensorsFile, Stored, StoredFloats,
-    write_tensors,
+    safetensors_header, write_tensors,
 };
 pub use tensor::{TensorView, WidenError, narrow};
 pub use weights_file::WeightsFile;

@@ -25,7 +25,7 @@ use crate::tensor::TensorView;
 
 use header::Header;
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, SafetensorsError};
-pub use writer::{Stored, StoredFloats, write_tensors};
+pub use writer::{Stored, StoredFloats, safetensors_header, write_tensors};
 
 /// A safetensors file, open and checked.
 ///

@@ -33,6 +33,7 @@ pub(super) fn run(args: &ApplyArgs, reporter: &Reporter) -> Result<(), Failure> 
         computes: false,
     };
     let model = Model::open(&args.model, usage, reporter)?;
+    settings::check_addition(&args.addition, &model)?;
     let output = Output::plan(
         &model,
         args.output.as_deref(),

@@ -314,6 +314,27 @@ pub(super) fn addition(args: &AdditionArgs, seed: u64) -> ApplySettings {
     }
 }
 
+/// Refuses settings of the addition that only a GGUF file has a use for, when `model` is none.
+///
+/// # Errors
+/// A usage error naming the first of them.
+pub(super) fn check_addition(args: &AdditionArgs, model: &Model) -> Result<(), Failure> {
+    let flags = [
+        ("--patched-type", args.patched_type.is_some()),
+        ("--min-realized", args.min_realized.is_some()),
+    ];
+    let given = flags.into_iter().find(|(_, given)| *given);
+    match given.filter(|_| !model.checkpoint.layout().is_gguf()) {
+        None => Ok(()),
+        Some((flag, _)) => Err(Failure::usage(format!("`{flag}` has no effect here"))
+            .because(format!(
+                "`{}` is no GGUF file, and its tensors keep their type",
+                model.checkpoint.path().display()
+            ))
+            .hint(format!("leave out `{flag}`"))),
+    }
+}
+
 /// The settings of the addition that change bytes, as manifests have them.
 pub(super) fn addition_parameters(settings: ApplySettings, model: &Model) -> Map<String, Value> {
     let mut parameters = Map::new();

@@ -9,5 +9,5 @@ mod from_gguf;
 mod rope;
 mod to_gguf;
 
-pub use from_gguf::{GgufConfigError, from_gguf};
+pub use from_gguf::{GgufConfigError, from_gguf, generation_config};
 pub use to_gguf::{Derived, GgufConfig};

@@ -142,6 +142,11 @@ impl StoredModel {
         })
     }
 
+    /// Whether the file has a tensor that it calls `name`.
+    pub fn holds(&self, name: &str) -> bool {
+        self.tensors.iter().any(|it| it.stored == name)
+    }
+
     /// What the file calls the tensor that the decoder calls `name`; nothing for one that is a part of a stack.
     pub fn stored_name(&self, name: &str) -> Option<&str> {
         let renamed = self.tensors.iter().find(|it| it.name == name)?;

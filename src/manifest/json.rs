@@ -41,7 +41,7 @@ impl<'a> Text<'a> {
 }
 
 /// `value` indented by two spaces, keys sorted by their bytes, a newline at the end.
-pub(super) fn pretty(value: &Value) -> String {
+pub(crate) fn pretty(value: &Value) -> String {
     format!("{:#}\n", sorted(value))
 }
 

@@ -8,7 +8,7 @@
 //! Nothing here writes but [`PrivateKey::write_pair`]; manifests and signatures come out as text, for whoever writes the checkpoint.
 
 mod bundle;
-mod json;
+pub(crate) mod json;
 mod keys;
 mod signature;
 mod statement;

@@ -36,4 +36,4 @@ pub use pack::{EncodedRow, Pack, Prediction};
 pub use point::Point;
 pub use targets::{SelectionError, Target, TargetSelection, place_of_module};
 pub use tensors::TargetTensors;
-pub use weights::{WeightsError, decoder_prefix};
+pub use weights::{WeightsError, check_tensors, decoder_prefix};

@@ -173,6 +173,19 @@ pub enum WeightsError {
     },
 }
 
+/// Whether `tensors` make the decoder that `config` describes: all are there, in the shapes that it asks for, and none is too many.
+///
+/// # Errors
+/// [`WeightsError`] naming the first that does not fit.
+pub fn check_tensors<'c>(
+    config: &Config,
+    tensors: impl IntoIterator<Item = TensorView<'c>>,
+) -> Result<(), WeightsError> {
+    let tensors = tensors.into_iter().map(|tensor| (tensor.name, tensor));
+    let selection = TargetSelection::default();
+    Weights::resolve(config, tensors.collect(), Space::Weights(&selection)).map(|_| ())
+}
+
 /// What the names of the text decoder's tensors begin with, given whether a tensor of some name exists. In a model with several
 /// towers, tensors without this beginning belong to the others.
 pub fn decoder_prefix(exists: impl Fn(&str) -> bool) -> Option<&'static str> {

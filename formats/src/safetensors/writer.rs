@@ -72,19 +72,31 @@ pub fn write_tensors<'t, T: Stored + 't>(
 /// The header with its length before it: metadata first, then the tensors in order, then spaces up to a multiple of 8 bytes,
 /// which keeps the values aligned for readers that care.
 fn header<'t, T: Stored + 't>(
-    (key, value): (&str, &str),
+    metadata: (&str, &str),
     tensors: impl Iterator<Item = (&'t String, &'t T)>,
+) -> Vec<u8> {
+    let described = |(name, tensor): (&'t String, &'t T)| {
+        let bytes = 4 * tensor.numbers();
+        (name.as_str(), tensor.dtype(), tensor.shape(), bytes)
+    };
+    safetensors_header(metadata, tensors.map(described))
+}
+
+/// What stands before the bytes of `tensors`, each of which has a name of its own, an element type, a shape and a length in bytes, and
+/// which follow one another: one pair of metadata, and the tensors in their order.
+pub fn safetensors_header<'t>(
+    (key, value): (&str, &str),
+    tensors: impl Iterator<Item = (&'t str, Dtype, &'t [usize], usize)>,
 ) -> Vec<u8> {
     let text = |text: &str| Value::from(text).to_string();
     let mut json = format!("{{\"__metadata__\":{{{}:{}}}", text(key), text(value));
     let mut begin = 0;
-    for (name, tensor) in tensors {
-        let end = begin + 4 * tensor.numbers();
+    for (name, dtype, shape, bytes) in tensors {
+        let end = begin + bytes;
         json.push_str(&format!(
-            ",{}:{{\"dtype\":\"{}\",\"shape\":{},\"data_offsets\":[{begin},{end}]}}",
+            ",{}:{{\"dtype\":\"{dtype}\",\"shape\":{},\"data_offsets\":[{begin},{end}]}}",
             text(name),
-            tensor.dtype(),
-            json!(tensor.shape()),
+            json!(shape),
         ));
         begin = end;
     }

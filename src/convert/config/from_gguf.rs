@@ -35,6 +35,59 @@ pub fn from_gguf<'a>(
     reader.config()
 }
 
+/// The `generation_config.json` of a model: the tokens that begin and end a text, and how its makers sample.
+///
+/// # Errors
+/// When a token's id is none.
+pub fn generation_config(metadata: &Metadata) -> Result<Json, GgufConfigError> {
+    let mut config = Map::new();
+    for (key, setting) in TOKEN_IDS {
+        config.insert(setting.to_owned(), token_id(metadata, key)?);
+    }
+    // A turn may end otherwise than a text.
+    let end_of_turn = token_id(metadata, "tokenizer.ggml.eot_token_id")?;
+    if !end_of_turn.is_null() && end_of_turn != config["eos_token_id"] {
+        let end = config["eos_token_id"].clone();
+        let ends = [end, end_of_turn];
+        let ends: Vec<&Json> = ends.iter().filter(|it| !it.is_null()).collect();
+        config.insert("eos_token_id".to_owned(), json!(ends));
+    }
+    for (key, setting) in [
+        ("top_k", "top_k"),
+        ("top_p", "top_p"),
+        ("min_p", "min_p"),
+        ("temp", "temperature"),
+        ("penalty_repeat", "repetition_penalty"),
+    ] {
+        let value = metadata.value(&format!("general.sampling.{key}"));
+        let number = value.and_then(|value| match value.as_u64() {
+            Some(number) => Some(json!(number)),
+            None => value
+                .as_f64()
+                .filter(|it| it.is_finite())
+                .map(|it| json!(it)),
+        });
+        if let Some(number) = number {
+            config.insert(setting.to_owned(), number);
+            config.insert("do_sample".to_owned(), json!(true));
+        }
+    }
+    Ok(Json::Object(config))
+}
+
+/// The id of a token with a role, or null.
+fn token_id(metadata: &Metadata, key: &str) -> Result<Json, GgufConfigError> {
+    let Some(value) = metadata.value(key) else {
+        return Ok(Json::Null);
+    };
+    let id = value.as_u64().filter(|&id| id < 1 << 31);
+    Ok(json!(id.ok_or_else(|| GgufConfigError::Kind {
+        key: key.to_owned(),
+        found: short(value),
+        wanted: "a token's id",
+    })?))
+}
+
 /// Keys and tensors of a file.
 struct Reader<'m, 't, 'a> {
     architecture: &'static Architecture,
@@ -85,7 +138,7 @@ impl Reader<'_, '_, '_> {
         set("use_cache", json!(true));
         set("vocab_size", json!(self.rows("token_embd.weight")?));
         for (key, setting) in TOKEN_IDS {
-            set(setting, self.token_id(key)?);
+            set(setting, token_id(self.metadata, key)?);
         }
         match self.architecture.name {
             "phi3" if heads * head_dim != hidden => {
@@ -408,19 +461,6 @@ impl Reader<'_, '_, '_> {
             Some(text) => Ok(Some(text)),
             None => Err(self.kind(name, value, "a text")),
         }
-    }
-
-    /// The id of a token with a role, or null.
-    fn token_id(&self, key: &str) -> Result<Json, GgufConfigError> {
-        let Some(value) = self.metadata.value(key) else {
-            return Ok(Json::Null);
-        };
-        let id = value.as_u64().filter(|&id| id < 1 << 31);
-        Ok(json!(id.ok_or_else(|| GgufConfigError::Kind {
-            key: key.to_owned(),
-            found: short(value),
-            wanted: "a token's id",
-        })?))
     }
 
     /// Rows of a matrix.
