@@ -482,11 +482,30 @@ fn a_sentencepiece_vocabulary_that_contradicts_itself_is_refused() {
     let scores = Array::F32(vec![f32::NAN, f32::INFINITY, f32::NAN, -0.0]);
     numberless.set("tokenizer.ggml.scores", Value::Array(scores));
     assert!(from_metadata(&numberless).is_ok());
+    let mut many = Metadata::default();
+    many.set("tokenizer.ggml.model", Value::Text("llama".to_owned()));
+    let runs = |letter: char| (1..=1024).map(move |length| letter.to_string().repeat(length));
+    let runs = ('a'..='h').flat_map(runs).collect();
+    many.set("tokenizer.ggml.tokens", Value::Array(Array::Text(runs)));
+    let error = from_metadata(&many).unwrap_err();
+    assert!(matches!(error, TokenizerError::TooManyMerges { .. }));
     for (length, fine) in [(1024, true), (1025, false)] {
         let long = "a".repeat(length);
         metadata.set("tokenizer.ggml.tokens", texts(&["a", "b", &long, "<s>"]));
         assert_eq!(from_metadata(&metadata).is_ok(), fine, "{length}");
     }
+}
+
+#[test]
+fn what_no_token_of_a_vocabulary_says_is_the_unknown_token() {
+    let mut metadata = small();
+    metadata.set("tokenizer.ggml.model", Value::Text("llama".to_owned()));
+    metadata.set("tokenizer.ggml.add_space_prefix", Value::Bool(false));
+    metadata.set("tokenizer.ggml.unknown_token_id", Value::U32(3));
+    let files = from_metadata(&metadata).unwrap();
+    let tokenizer = Tokenizer::from_bytes(files.tokenizer.as_bytes()).unwrap();
+    let encoding = tokenizer.encode_fast("abxyb", false).unwrap();
+    assert_eq!(encoding.get_ids(), [2, 3, 1]);
 }
 
 #[test]

@@ -117,6 +117,12 @@ pub enum TokenizerError {
         /// How many may be.
         limit: usize,
     },
+    /// Tokens that can be made in too many ways.
+    #[error("its tokens can be merged in more than {limit} ways")]
+    TooManyMerges {
+        /// How many may be.
+        limit: usize,
+    },
     /// The tokenizer cannot be written as JSON.
     #[error("the tokenizer cannot be written")]
     Unwritable(#[source] serde_json::Error),

@@ -119,7 +119,7 @@ fn tokenizer(vocabulary: &Vocabulary<'_>) -> Result<String, TokenizerError> {
             fuse_unk: parts.pieces,
             byte_fallback: parts.pieces,
             ignore_merges: parts.ignore_merges,
-            vocab: Ids(of_model(&vocabulary.tokens)),
+            vocab: Ids(of_model(&vocabulary.tokens, unknown)),
             merges: parts.merges,
         },
     };
@@ -127,15 +127,16 @@ fn tokenizer(vocabulary: &Vocabulary<'_>) -> Result<String, TokenizerError> {
 }
 
 /// Tokens that the model itself has to know: not those that only fill up the embedding, nor added ones behind all others, which get the ids
-/// that follow.
-fn of_model<'v, 'a>(tokens: &'v [Token<'a>]) -> &'v [Token<'a>] {
+/// that follow. The unknown token, which the model puts for what it does not know, is one of them.
+fn of_model<'v, 'a>(tokens: &'v [Token<'a>], unknown: Option<u32>) -> &'v [Token<'a>] {
     let filling = |id: usize, token: &Token<'_>| {
         token.role == Role::Unused && token.text == format!("[PAD{id}]")
     };
     let used = tokens.iter().enumerate().rev();
     let used = used.skip_while(|(id, token)| filling(*id, token));
     let known = used.skip_while(|(_, token)| token.role.is_found()).count();
-    tokens.get(..known).unwrap_or(tokens)
+    let with_unknown = unknown.map_or(0, |id| id as usize + 1);
+    tokens.get(..known.max(with_unknown)).unwrap_or(tokens)
 }
 
 /// What a scheme decides.

@@ -11,7 +11,7 @@ use super::vocabulary::Token;
 /// Every way to make an ordinary token from two others, the highest score first; of one token, the longest left part first.
 ///
 /// # Errors
-/// [`TokenizerError::TokenTooLong`].
+/// [`TokenizerError::TokenTooLong`] and [`TokenizerError::TooManyMerges`].
 pub(super) fn merges<'a>(
     tokens: &'a [Token<'_>],
     scores: &[f32],
@@ -44,6 +44,9 @@ pub(super) fn merges<'a>(
             ways.filter(|(left, right)| ids.contains_key(left) && ids.contains_key(right))
                 .map(|(left, right)| (score, id, left, right)),
         );
+        if merges.len() > MOST {
+            return Err(TokenizerError::TooManyMerges { limit: MOST });
+        }
     }
     merges.sort_by(|a, b| {
         let by_score = b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
@@ -58,3 +61,7 @@ pub(super) fn merges<'a>(
 /// Bytes of a token that may be merged. Ways to split a token grow with its length, and so does the cost of looking each up; models in use
 /// have at most some 50 bytes.
 const LONGEST: usize = 1024;
+
+/// Merges of a vocabulary. Those of Gemma's 256,000 tokens are some 600,000; a hostile file, all of whose parts of tokens are tokens, could have as many for each
+/// token as it has letters.
+const MOST: usize = 4_000_000;
