@@ -292,7 +292,7 @@ impl Checkpoint {
         }
     }
 
-    /// Gives the pages of all weights back to the system, as [`SafetensorsFile::release`] does.
+    /// Gives the pages of all weights back to the system, as [`WeightsFile::release`] does.
     pub fn release(&self) {
         for shard in &self.shards {
             shard.file.release();
