@@ -13,7 +13,7 @@ use super::config::{BlockConfig, Config};
 use super::head::{Head, HeadScratch, LossSum, Objective};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
-use super::linear::{Linear, add_scaled, widen};
+use super::linear::{Linear, Products, add_scaled, widen};
 use super::pack::Pack;
 use super::point::Point;
 use super::targets::{Target, TargetSelection};
@@ -402,7 +402,7 @@ impl<'c> Decoder<'c> {
         } = workspace;
         let mut current = 0;
         for (index, (block, place)) in weights.blocks.iter().zip(&config.blocks).enumerate() {
-            matrices.load(block, point);
+            matrices.load(block, point, Products::Forward);
             let (next, slot) = match (pass, *activations) {
                 (Pass::Forward, _) => (1 - current, 0),
                 (Pass::ForwardAndBackward, Activations::Recompute) => (index + 1, 0),
@@ -454,7 +454,11 @@ impl<'c> Decoder<'c> {
         };
         let blocks = weights.blocks.iter().zip(&config.blocks).enumerate();
         for (index, (block, place)) in blocks.skip(lowest).rev() {
-            matrices.load(block, point);
+            let products = match activations {
+                Activations::Keep => Products::Backward,
+                Activations::Recompute => Products::Both,
+            };
+            matrices.load(block, point, products);
             let mut layer = Layer {
                 config,
                 block,

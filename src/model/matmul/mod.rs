@@ -2,12 +2,23 @@
 //!
 //! In: two views and an output slice. Out: the product written to, or added onto, the output. This is the one door to
 //! the `gemm` crate (candle's own kernel library), so that products read transposed operands and slices of a larger
-//! matrix through strides instead of copies, and write into buffers that are reused.
+//! matrix through strides instead of copies, and write into buffers that are reused; and to the processor's matrix unit, where
+//! it has one that multiplies BF16 ([`amx`]) and a product is large enough. That unit is as exact ([`tiles`]), but rounds elsewhere.
 
+mod amx;
+mod tiles;
+
+use std::cell::Cell;
 use std::ops::Range;
 
 use gemm::Parallelism;
 use rayon::prelude::*;
+
+use amx::Amx;
+pub(crate) use tiles::{Arranged, Inner};
+use tiles::{Multiply, SIDE, Sums, Tile, Unit};
+
+use super::kernels::simd;
 
 /// A read-only matrix: `rows` x `cols` elements of `data`, `row_stride` and `col_stride` elements apart.
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +112,176 @@ pub(crate) enum Threads {
     All,
 }
 
+/// The right operand of a product.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Right<'a> {
+    /// As it lies in memory.
+    Plain(Matrix<'a>),
+    /// As the matrix unit reads it: for an operand of several products, or one that is stored in BF16. Only where
+    /// [`takes_arranged`] says so.
+    Arranged(&'a Arranged),
+}
+
+impl<'a> From<Matrix<'a>> for Right<'a> {
+    fn from(matrix: Matrix<'a>) -> Self {
+        Self::Plain(matrix)
+    }
+}
+
+/// Whether there is a unit for arranged operands.
+pub(crate) fn takes_arranged() -> bool {
+    Amx::here().is_some()
+}
+
+/// `out = scale * a b`, or `out += scale * a b`.
+///
+/// The output is cut into tasks, as many as the threads need. Each element is a sum over the inner dimension in an order that depends on
+/// the shapes alone, so the cut changes nothing but the time.
+pub(crate) fn matmul<'b>(
+    out: MatrixMut<'_>,
+    output: Output,
+    scale: f32,
+    a: Matrix<'_>,
+    b: impl Into<Right<'b>>,
+    threads: Threads,
+) {
+    let b = b.into();
+    let (inner, cols) = match b {
+        Right::Plain(b) => (b.rows, b.cols),
+        Right::Arranged(b) => (b.inner, b.columns),
+    };
+    assert_eq!(a.cols, inner);
+    assert_eq!((out.rows, out.cols), (a.rows, cols));
+    if out.rows == 0 || out.cols == 0 {
+        return;
+    }
+    match (b, Amx::here()) {
+        (Right::Plain(b), Some(unit)) if is_worth_arranging([a.rows, inner, cols]) => {
+            let mut arranged = ARRANGED.take();
+            arranged.arrange(b);
+            by_tiles(unit, out, output, scale, a, &arranged, threads);
+            ARRANGED.set(arranged);
+        }
+        (Right::Plain(b), _) => by_fma(out, output, scale, a, b, threads),
+        (Right::Arranged(b), Some(unit)) => by_tiles(unit, out, output, scale, a, b, threads),
+        (Right::Arranged(_), None) => unreachable!("nobody arranges without a unit"),
+    }
+}
+
+/// Whether a product of f32 matrices, rows x inner times inner x columns, is faster in tiles, arranging included.
+fn is_worth_arranging([rows, inner, cols]: [usize; 3]) -> bool {
+    rows.min(cols) >= 2 * SIDE && inner >= 2 * SIDE && rows * inner * cols >= 1 << 22
+}
+
+thread_local! {
+    /// The right operand of a product of f32 matrices, while it runs.
+    static ARRANGED: Cell<Arranged> = Cell::default();
+    /// The left operand of a task.
+    static LEFT: Cell<Vec<Tile>> = Cell::default();
+}
+
+/// Bytes of a task's left operand: so much stays in a core's second-level cache, beside a panel of the right one.
+const LEFT_BYTES: usize = 1 << 20;
+
+/// Tasks for each thread, so that one that is held up does not hold up all.
+const TASKS_PER_THREAD: usize = 4;
+
+/// [`matmul`] by a matrix unit.
+///
+/// A task takes some panels of rows, arranges them, and goes over the right operand's panels of columns: all, unless there are fewer
+/// panels of rows than threads.
+fn by_tiles(
+    unit: impl Unit,
+    out: MatrixMut<'_>,
+    output: Output,
+    scale: f32,
+    a: Matrix<'_>,
+    b: &Arranged,
+    threads: Threads,
+) {
+    let panel = tiles::left_panel_tiles(b.inner);
+    let [row_panels, column_panels] = [out.rows, out.cols].map(|side| side.div_ceil(SIDE));
+    let wanted = match threads {
+        Threads::One => 1,
+        Threads::All => match rayon::current_num_threads() {
+            1 => 1,
+            threads => TASKS_PER_THREAD * threads,
+        },
+    };
+    let fitting = (LEFT_BYTES / (panel * size_of::<Tile>()).max(1)).max(1);
+    let high = row_panels.div_ceil(wanted).min(fitting);
+    let across = (wanted / row_panels.div_ceil(high)).clamp(1, column_panels);
+    let wide = column_panels.div_ceil(across);
+
+    // The rows of each task, cut to its columns: tasks of one band of rows after the other.
+    let across = column_panels.div_ceil(wide);
+    let mut tasks: Vec<Vec<&mut [f32]>> = Vec::new();
+    tasks.resize_with(row_panels.div_ceil(high) * across, Vec::new);
+    for (row, elements) in out
+        .data
+        .chunks_mut(out.row_stride)
+        .take(out.rows)
+        .enumerate()
+    {
+        let first = row / (high * SIDE) * across;
+        for (task, part) in elements[..out.cols].chunks_mut(wide * SIDE).enumerate() {
+            tasks[first + task].push(part);
+        }
+    }
+    let run = |(task, mut rows): (usize, Vec<&mut [f32]>)| {
+        let (first_row, first_panel) = (task / across * high * SIDE, task % across * wide);
+        let mut left = LEFT.take();
+        left.resize(rows.len().div_ceil(SIDE) * panel, Tile::ZERO);
+        tiles::arrange_left(a, first_row, &mut left);
+        let unit = unit.set_up();
+        let mut sums = Sums::ZERO;
+        let width = rows.first().map_or(0, |row| row.len());
+        for column in (0..width).step_by(SIDE) {
+            let right = b.panel(first_panel + column / SIDE);
+            for (rows, index) in rows.chunks_mut(SIDE).zip(0..) {
+                let left = &left[index * panel..(index + 1) * panel];
+                unit.multiply(left, right, b.pieces, &mut sums);
+                simd(|| write(&sums, rows, column, output, scale));
+            }
+        }
+        drop(unit);
+        LEFT.set(left);
+    };
+    match wanted {
+        1 => tasks.into_iter().enumerate().for_each(run),
+        _ => tasks.into_par_iter().enumerate().for_each(run),
+    }
+}
+
+/// Writes `scale * sums` to the elements of `rows` from `column` on, or adds them.
+#[inline(always)]
+fn write(sums: &Sums, rows: &mut [&mut [f32]], column: usize, output: Output, scale: f32) {
+    for (row, sums) in rows.iter_mut().zip(&sums.0) {
+        let row = &mut row[column..];
+        match (output, row.first_chunk_mut::<SIDE>()) {
+            (Output::Overwrite, Some(row)) => {
+                for (out, sum) in row.iter_mut().zip(sums) {
+                    *out = scale * sum;
+                }
+            }
+            (Output::Add, Some(row)) => {
+                for (out, sum) in row.iter_mut().zip(sums) {
+                    *out += scale * sum;
+                }
+            }
+            (_, None) => {
+                for (out, sum) in row.iter_mut().zip(sums) {
+                    let old = match output {
+                        Output::Overwrite => 0.0,
+                        Output::Add => *out,
+                    };
+                    *out = old + scale * sum;
+                }
+            }
+        }
+    }
+}
+
 /// The kernel's tile with AVX-512; with AVX2 it is as high and a quarter as wide.
 const TILE: [usize; 2] = [6, 64];
 
@@ -110,11 +291,8 @@ const LEAST_TILES: [usize; 2] = [11, 2];
 /// What arranging one element of an operand costs, in products of two elements.
 const ARRANGING: usize = 20;
 
-/// `out = scale * a b`, or `out += scale * a b`.
-///
-/// The output is cut into tasks of whole tiles, as many as the threads need. Each element is a sum over the inner dimension in an order
-/// that depends on that dimension alone, so the cut changes nothing but the time.
-pub(crate) fn matmul(
+/// [`matmul`] by the `gemm` crate: the processor's fused multiply-add.
+fn by_fma(
     out: MatrixMut<'_>,
     output: Output,
     scale: f32,
@@ -122,11 +300,6 @@ pub(crate) fn matmul(
     b: Matrix<'_>,
     threads: Threads,
 ) {
-    assert_eq!(a.cols, b.rows);
-    assert_eq!((out.rows, out.cols), (a.rows, b.cols));
-    if out.rows == 0 || out.cols == 0 {
-        return;
-    }
     let product = Product {
         row_stride: out.row_stride,
         data: out.data.as_mut_ptr(),

@@ -1,0 +1,373 @@
+//! Operands in the form that a unit for BF16 tiles reads: cut in pieces, and arranged in panels.
+//!
+//! In: f32 matrices, or stored BF16 ones. Out: [`Tile`]s, and products of them. A BF16 has 8 significant bits and an f32 24, so an f32 is the
+//! sum of three BF16 pieces, high, middle and low, each the BF16 nearest to what those before leave. Nothing is lost, unless a piece is below
+//! 2^-126, which counts as zero: that takes less than 2^-125 from an element below 2^-102.
+//!
+//! - A left operand, activations or gradients, is always in three pieces.
+//! - A right operand is in one, where its elements are BF16: then each product is of exact operands, by three products of tiles.
+//! - Otherwise it is in three, and six of nine products of tiles are made: high high, high middle, middle high, middle middle, high low and low
+//!   high. As a middle piece is at most 2^-8 of its element and a low one 2^-17, what is left out is less than 2^-23 of a product, of either
+//!   sign: what rounding the product to f32 may take.
+//!
+//! Sums are f32 throughout; in which order they run depends on the inner dimension alone. An element that is infinite or NaN makes all sums NaN
+//! that it is in.
+//!
+//! Source: Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", arXiv:1904.06376.
+
+use rayon::prelude::*;
+
+use super::Matrix;
+use crate::model::kernels::simd;
+
+/// 16 rows of 64 bytes. Of a left operand they are 16 rows of 32 inner indices; of a right one, 16 pairs of inner indices of 16 columns: column
+/// after column, both of a pair.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Tile(pub(super) [[u16; SIDE]; SIDE / 2]);
+
+/// Rows of a left panel, columns of a right one, and inner indices of a step: a step of a panel is two tiles of each piece.
+pub(super) const SIDE: usize = 32;
+
+/// The sums over the inner dimension for one left and one right panel, row-major.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Sums(pub(super) [[f32; SIDE]; SIDE]);
+
+/// Into how many pieces the elements of a right operand are cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Pieces {
+    /// They are BF16.
+    #[default]
+    One,
+    /// They are f32.
+    Three,
+}
+
+impl Pieces {
+    /// Tiles of a step.
+    pub(super) const fn tiles(self) -> usize {
+        match self {
+            Self::One => 2,
+            Self::Three => 6,
+        }
+    }
+}
+
+/// What multiplies tiles.
+pub(super) trait Unit: Copy + Sync {
+    /// It, on a thread.
+    type SetUp: Multiply;
+
+    /// Sets it up on the calling thread.
+    fn set_up(self) -> Self::SetUp;
+}
+
+/// A [`Unit`] on a thread.
+pub(super) trait Multiply {
+    /// Overwrites `sums` with the products of the rows of a left panel with the columns of a right one, of as many steps.
+    fn multiply(&self, left: &[Tile], right: &[Tile], pieces: Pieces, sums: &mut Sums);
+}
+
+/// A right operand, inner x columns, arranged.
+#[derive(Debug, Default)]
+pub(crate) struct Arranged {
+    pub(super) inner: usize,
+    pub(super) columns: usize,
+    pub(super) pieces: Pieces,
+    /// Panel after panel, step after step, piece after piece, two tiles.
+    tiles: Vec<Tile>,
+}
+
+/// Which side of the lines of a stored matrix is the inner one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Inner {
+    /// They are as long as the inner dimension: a line is a column of the right operand, or a row of the left one.
+    Along,
+    /// There are as many as the inner dimension.
+    Across,
+}
+
+impl Arranged {
+    /// Arranges `b` in three pieces.
+    pub(crate) fn arrange(&mut self, b: Matrix<'_>) {
+        self.fill(F32Lines::of(b), Pieces::Three, inner_of_right(b));
+    }
+
+    /// Arranges stored BF16 matrices, one above the other, with lines of `length`, as they are.
+    pub(crate) fn arrange_stored(&mut self, parts: &[&[u8]], length: usize, inner: Inner) {
+        let lines = Bf16Lines { parts, length };
+        self.fill(lines, Pieces::One, inner);
+    }
+
+    fn fill<const P: usize>(&mut self, lines: impl Lines<P>, pieces: Pieces, inner: Inner) {
+        let (count, length) = (lines.count(), lines.length());
+        (self.inner, self.columns) = match inner {
+            Inner::Along => (length, count),
+            Inner::Across => (count, length),
+        };
+        self.pieces = pieces;
+        let panel = self.panel_tiles();
+        self.tiles
+            .resize(self.columns.div_ceil(SIDE) * panel, Tile::ZERO);
+        if panel == 0 {
+            return;
+        }
+        self.tiles
+            .par_chunks_exact_mut(panel)
+            .enumerate()
+            .for_each(|(index, tiles)| {
+                simd(|| right_panel(lines, inner, index * SIDE, tiles));
+            });
+    }
+
+    /// Columns `index * SIDE` and following.
+    pub(super) fn panel(&self, index: usize) -> &[Tile] {
+        let panel = self.panel_tiles();
+        &self.tiles[index * panel..(index + 1) * panel]
+    }
+
+    fn panel_tiles(&self) -> usize {
+        self.inner.div_ceil(SIDE) * self.pieces.tiles()
+    }
+}
+
+/// Tiles of a panel of a left operand.
+pub(super) fn left_panel_tiles(inner: usize) -> usize {
+    inner.div_ceil(SIDE) * Pieces::Three.tiles()
+}
+
+/// Arranges rows `first` and following of the left operand `a` as panels in `tiles`.
+pub(super) fn arrange_left(a: Matrix<'_>, first: usize, tiles: &mut [Tile]) {
+    let panel = left_panel_tiles(a.cols);
+    let inner = match a.col_stride {
+        1 => Inner::Along,
+        _ => Inner::Across,
+    };
+    for (index, tiles) in tiles.chunks_exact_mut(panel.max(1)).enumerate() {
+        simd(|| left_panel(F32Lines::of(a), inner, first + index * SIDE, tiles));
+    }
+}
+
+impl Tile {
+    pub(super) const ZERO: Self = Self([[0; SIDE]; SIDE / 2]);
+}
+
+impl Sums {
+    pub(super) const ZERO: Self = Self([[0.0; SIDE]; SIDE]);
+}
+
+/// A row-major matrix, read a piece of a line at a time.
+trait Lines<const P: usize>: Copy + Sync {
+    fn count(&self) -> usize;
+
+    fn length(&self) -> usize;
+
+    /// The pieces of the elements from `start` on of line `line`; zeros outside.
+    fn read(&self, line: usize, start: usize) -> [[u16; SIDE]; P];
+}
+
+/// Lines of f32.
+#[derive(Clone, Copy)]
+struct F32Lines<'a> {
+    data: &'a [f32],
+    count: usize,
+    length: usize,
+    stride: usize,
+}
+
+impl<'a> F32Lines<'a> {
+    /// The lines of `matrix` as it lies in memory.
+    fn of(matrix: Matrix<'a>) -> Self {
+        let (count, length, stride) = match matrix.col_stride {
+            1 => (matrix.rows, matrix.cols, matrix.row_stride),
+            _ => (matrix.cols, matrix.rows, matrix.col_stride),
+        };
+        Self {
+            data: matrix.data,
+            count,
+            length,
+            stride,
+        }
+    }
+}
+
+fn inner_of_right(b: Matrix<'_>) -> Inner {
+    match b.col_stride {
+        1 => Inner::Across,
+        _ => Inner::Along,
+    }
+}
+
+impl Lines<3> for F32Lines<'_> {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn length(&self) -> usize {
+        self.length
+    }
+
+    #[inline(always)]
+    fn read(&self, line: usize, start: usize) -> [[u16; SIDE]; 3] {
+        if line >= self.count {
+            return [[0; SIDE]; 3];
+        }
+        let row = &self.data[line * self.stride..][..self.length];
+        match row[start..].first_chunk() {
+            Some(whole) => pieces_of(whole),
+            None => {
+                let mut padded = [0.0; SIDE];
+                padded[..row.len() - start].copy_from_slice(&row[start..]);
+                pieces_of(&padded)
+            }
+        }
+    }
+}
+
+/// Lines of little-endian BF16, in parts.
+#[derive(Clone, Copy)]
+struct Bf16Lines<'a> {
+    parts: &'a [&'a [u8]],
+    length: usize,
+}
+
+impl Lines<1> for Bf16Lines<'_> {
+    fn count(&self) -> usize {
+        let bytes: usize = self.parts.iter().map(|part| part.len()).sum();
+        bytes.checked_div(2 * self.length).unwrap_or(0)
+    }
+
+    fn length(&self) -> usize {
+        self.length
+    }
+
+    #[inline(always)]
+    fn read(&self, line: usize, start: usize) -> [[u16; SIDE]; 1] {
+        let mut bits = [0; SIDE];
+        let mut at = 2 * line * self.length;
+        for part in self.parts {
+            if at >= part.len() {
+                at -= part.len();
+                continue;
+            }
+            let row = &part[at..][..2 * self.length];
+            let stored = row[2 * start..].as_chunks().0;
+            for (bits, &bytes) in bits.iter_mut().zip(stored) {
+                *bits = u16::from_le_bytes(bytes);
+            }
+            break;
+        }
+        [bits]
+    }
+}
+
+/// The high, middle and low pieces of each element: it is their sum.
+#[inline(always)]
+fn pieces_of(x: &[f32; SIDE]) -> [[u16; SIDE]; 3] {
+    let mut pieces = [[0; SIDE]; 3];
+    let mut rest = *x;
+    for piece in &mut pieces {
+        for (piece, rest) in piece.iter_mut().zip(&mut rest) {
+            let upper = nearest(*rest);
+            *piece = (upper >> 16) as u16;
+            *rest -= f32::from_bits(upper);
+        }
+    }
+    pieces
+}
+
+/// The bits, as an f32's, of the BF16 nearest to `x`, of two equally near the even one; of those beyond the largest BF16 the one that is
+/// nearer to zero, so that what is left stays finite, too.
+#[inline(always)]
+fn nearest(x: f32) -> u32 {
+    const ROUNDED_TO_INFINITY: u32 = 0x7f7f_8000;
+    const UPPER: u32 = 0xffff_0000;
+    let bits = x.to_bits();
+    let up = match bits & 0x7fff_ffff < ROUNDED_TO_INFINITY {
+        true => 0x7fff + (bits >> 16 & 1),
+        false => 0,
+    };
+    bits.wrapping_add(up) & UPPER
+}
+
+/// Fills the tiles of columns `first` and following of a right operand.
+#[inline(always)]
+fn right_panel<const P: usize>(
+    lines: impl Lines<P>,
+    inner: Inner,
+    first: usize,
+    tiles: &mut [Tile],
+) {
+    for (step, tiles) in tiles.chunks_exact_mut(2 * P).enumerate() {
+        let start = step * SIDE;
+        match inner {
+            Inner::Along => {
+                for (half, column) in halves() {
+                    let pieces = lines.read(first + half * 16 + column, start);
+                    for (p, piece) in pieces.iter().enumerate() {
+                        let tile = &mut tiles[2 * p + half].0;
+                        for (row, pair) in tile.iter_mut().zip(piece.as_chunks::<2>().0) {
+                            row[2 * column] = pair[0];
+                            row[2 * column + 1] = pair[1];
+                        }
+                    }
+                }
+            }
+            Inner::Across => {
+                for pair in 0..SIDE / 2 {
+                    let even = lines.read(start + 2 * pair, first);
+                    let odd = lines.read(start + 2 * pair + 1, first);
+                    for p in 0..P {
+                        for half in 0..2 {
+                            let row = &mut tiles[2 * p + half].0[pair];
+                            for column in 0..SIDE / 2 {
+                                row[2 * column] = even[p][half * 16 + column];
+                                row[2 * column + 1] = odd[p][half * 16 + column];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Fills the tiles of rows `first` and following of a left operand.
+#[inline(always)]
+fn left_panel<const P: usize>(
+    lines: impl Lines<P>,
+    inner: Inner,
+    first: usize,
+    tiles: &mut [Tile],
+) {
+    for (step, tiles) in tiles.chunks_exact_mut(2 * P).enumerate() {
+        let start = step * SIDE;
+        match inner {
+            Inner::Along => {
+                for (half, row) in halves() {
+                    let pieces = lines.read(first + half * 16 + row, start);
+                    for (p, piece) in pieces.iter().enumerate() {
+                        tiles[2 * p + half].0[row] = *piece;
+                    }
+                }
+            }
+            Inner::Across => {
+                for index in 0..SIDE {
+                    let pieces = lines.read(start + index, first);
+                    for (p, piece) in pieces.iter().enumerate() {
+                        for (half, row) in halves() {
+                            tiles[2 * p + half].0[row][index] = piece[half * 16 + row];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Both tiles of a piece, and the 16 places in each.
+#[inline(always)]
+fn halves() -> impl Iterator<Item = (usize, usize)> {
+    (0..SIDE).map(|i| (i / 16, i % 16))
+}
