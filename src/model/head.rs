@@ -152,7 +152,12 @@ impl Head<'_> {
                 slopes
                     .par_chunks_exact_mut(vocab)
                     .zip(logits.par_chunks_exact(vocab))
-                    .for_each(|(slopes, logits)| simd(|| slopes_of_cap(logits, cap, slopes)));
+                    .for_each(|(slopes, logits)| {
+                        simd(
+                            #[inline(always)]
+                            || slopes_of_cap(logits, cap, slopes),
+                        )
+                    });
             }
             let losses = &mut losses[range.clone()];
             match objective {
@@ -163,7 +168,10 @@ impl Head<'_> {
                 )
                     .into_par_iter()
                     .for_each(|(row, prediction, loss)| {
-                        *loss = simd(|| next_token(row, *prediction, want_gradient.then_some(cap)))
+                        *loss = simd(
+                            #[inline(always)]
+                            || next_token(row, *prediction, want_gradient.then_some(cap)),
+                        )
                     }),
                 Objective::Divergence { .. } => {
                     (
@@ -173,7 +181,10 @@ impl Head<'_> {
                     )
                         .into_par_iter()
                         .for_each(|(row, reference, loss)| {
-                            *loss = simd(|| divergence(row, reference))
+                            *loss = simd(
+                                #[inline(always)]
+                                || divergence(row, reference),
+                            )
                         });
                 }
             }
@@ -259,9 +270,12 @@ impl Head<'_> {
             );
         });
         if let Some(cap) = self.finish.softcap {
-            logits
-                .par_chunks_exact_mut(vocab)
-                .for_each(|row| simd(|| row.iter_mut().for_each(|x| *x = cap * tanh(*x / cap))));
+            logits.par_chunks_exact_mut(vocab).for_each(|row| {
+                simd(
+                    #[inline(always)]
+                    || row.iter_mut().for_each(|x| *x = cap * tanh(*x / cap)),
+                )
+            });
         }
     }
 

@@ -140,7 +140,10 @@ impl Mixture {
                 .zip(assigned)
                 .zip(&mut self.d_weights[range])
             {
-                *d_weight = simd(|| dot(d_wide, wide));
+                *d_weight = simd(
+                    #[inline(always)]
+                    || dot(d_wide, wide),
+                );
                 d_wide.iter_mut().for_each(|d| *d *= assignment.weight);
             }
             if down.has_targets() {

@@ -111,28 +111,32 @@ pub(crate) fn forward(qkv: &[f32], heads: Heads, table: &Rotations, heads_out: &
         .par_chunks_exact_mut(table.tokens() * dim)
         .enumerate()
         .for_each(|(head, out)| {
-            simd(|| {
-                for ((out, row), &place) in out
-                    .chunks_exact_mut(dim)
-                    .zip(qkv.chunks_exact(heads.row()))
-                    .zip(&table.rows)
-                {
-                    let x = &row[head * dim..(head + 1) * dim];
-                    if heads.rotated(head) {
-                        let (cos, sin) = table.at(place);
-                        let (out, still) = out.split_at_mut(2 * half);
-                        let (x, x_still) = x.split_at(2 * half);
-                        let ((out_a, out_b), (a, b)) = (out.split_at_mut(half), x.split_at(half));
-                        for i in 0..half {
-                            out_a[i] = a[i] * cos[i] - b[i] * sin[i];
-                            out_b[i] = b[i] * cos[i] + a[i] * sin[i];
+            simd(
+                #[inline(always)]
+                || {
+                    for ((out, row), &place) in out
+                        .chunks_exact_mut(dim)
+                        .zip(qkv.chunks_exact(heads.row()))
+                        .zip(&table.rows)
+                    {
+                        let x = &row[head * dim..(head + 1) * dim];
+                        if heads.rotated(head) {
+                            let (cos, sin) = table.at(place);
+                            let (out, still) = out.split_at_mut(2 * half);
+                            let (x, x_still) = x.split_at(2 * half);
+                            let ((out_a, out_b), (a, b)) =
+                                (out.split_at_mut(half), x.split_at(half));
+                            for i in 0..half {
+                                out_a[i] = a[i] * cos[i] - b[i] * sin[i];
+                                out_b[i] = b[i] * cos[i] + a[i] * sin[i];
+                            }
+                            still.copy_from_slice(x_still);
+                        } else {
+                            out.copy_from_slice(x);
                         }
-                        still.copy_from_slice(x_still);
-                    } else {
-                        out.copy_from_slice(x);
                     }
-                }
-            });
+                },
+            );
         });
 }
 
@@ -144,23 +148,27 @@ pub(crate) fn backward(d_heads: &[f32], heads: Heads, table: &Rotations, d_qkv: 
         .zip(table.rows.par_iter())
         .enumerate()
         .for_each(|(token, (row, &place))| {
-            simd(|| {
-                let (cos, sin) = table.at(place);
-                for (head, out) in row.chunks_exact_mut(dim).enumerate() {
-                    let d = &d_heads[(head * tokens + token) * dim..][..dim];
-                    if heads.rotated(head) {
-                        let (out, still) = out.split_at_mut(2 * half);
-                        let (d, d_still) = d.split_at(2 * half);
-                        let ((out_a, out_b), (a, b)) = (out.split_at_mut(half), d.split_at(half));
-                        for i in 0..half {
-                            out_a[i] = a[i] * cos[i] + b[i] * sin[i];
-                            out_b[i] = b[i] * cos[i] - a[i] * sin[i];
+            simd(
+                #[inline(always)]
+                || {
+                    let (cos, sin) = table.at(place);
+                    for (head, out) in row.chunks_exact_mut(dim).enumerate() {
+                        let d = &d_heads[(head * tokens + token) * dim..][..dim];
+                        if heads.rotated(head) {
+                            let (out, still) = out.split_at_mut(2 * half);
+                            let (d, d_still) = d.split_at(2 * half);
+                            let ((out_a, out_b), (a, b)) =
+                                (out.split_at_mut(half), d.split_at(half));
+                            for i in 0..half {
+                                out_a[i] = a[i] * cos[i] + b[i] * sin[i];
+                                out_b[i] = b[i] * cos[i] - a[i] * sin[i];
+                            }
+                            still.copy_from_slice(d_still);
+                        } else {
+                            out.copy_from_slice(d);
                         }
-                        still.copy_from_slice(d_still);
-                    } else {
-                        out.copy_from_slice(d);
                     }
-                }
-            });
+                },
+            );
         });
 }

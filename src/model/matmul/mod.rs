@@ -241,7 +241,10 @@ fn by_tiles(
             for (rows, index) in rows.chunks_mut(SIDE).zip(0..) {
                 let left = &left[index * panel..(index + 1) * panel];
                 unit.multiply(left, right, b.pieces, &mut sums);
-                simd(|| write(&sums, rows, column, output, scale));
+                simd(
+                    #[inline(always)]
+                    || write(&sums, rows, column, output, scale),
+                );
             }
         }
         drop(unit);

@@ -91,7 +91,11 @@ pub(crate) enum Inner {
 impl Arranged {
     /// Arranges `b` in three pieces.
     pub(crate) fn arrange(&mut self, b: Matrix<'_>) {
-        self.fill(F32Lines::of(b), Pieces::Three, inner_of_right(b));
+        let inner = match b.col_stride {
+            1 => Inner::Across,
+            _ => Inner::Along,
+        };
+        self.fill(F32Lines::of(b), Pieces::Three, inner);
     }
 
     /// Arranges stored BF16 matrices, one above the other, with lines of `length`, as they are.
@@ -117,7 +121,10 @@ impl Arranged {
             .par_chunks_exact_mut(panel)
             .enumerate()
             .for_each(|(index, tiles)| {
-                simd(|| right_panel(lines, inner, index * SIDE, tiles));
+                simd(
+                    #[inline(always)]
+                    || right_panel(lines, inner, index * SIDE, tiles),
+                );
             });
     }
 
@@ -145,7 +152,10 @@ pub(super) fn arrange_left(a: Matrix<'_>, first: usize, tiles: &mut [Tile]) {
         _ => Inner::Across,
     };
     for (index, tiles) in tiles.chunks_exact_mut(panel.max(1)).enumerate() {
-        simd(|| left_panel(F32Lines::of(a), inner, first + index * SIDE, tiles));
+        simd(
+            #[inline(always)]
+            || left_panel(F32Lines::of(a), inner, first + index * SIDE, tiles),
+        );
     }
 }
 
@@ -157,15 +167,18 @@ impl Sums {
     pub(super) const ZERO: Self = Self([[0.0; SIDE]; SIDE]);
 }
 
-/// A row-major matrix, read a piece of a line at a time.
+/// A row-major matrix, read 32 x 32 elements at a time.
 trait Lines<const P: usize>: Copy + Sync {
     fn count(&self) -> usize;
 
     fn length(&self) -> usize;
 
-    /// The pieces of the elements from `start` on of line `line`; zeros outside.
-    fn read(&self, line: usize, start: usize) -> [[u16; SIDE]; P];
+    /// Reads the pieces of the elements of line `line` and those behind it from `start` on; zeros outside.
+    fn read(&self, line: usize, start: usize, block: &mut [Block<u16>; P]);
 }
+
+/// Elements of 32 lines.
+type Block<T> = [[T; SIDE]; SIDE];
 
 /// Lines of f32.
 #[derive(Clone, Copy)]
@@ -192,13 +205,6 @@ impl<'a> F32Lines<'a> {
     }
 }
 
-fn inner_of_right(b: Matrix<'_>) -> Inner {
-    match b.col_stride {
-        1 => Inner::Across,
-        _ => Inner::Along,
-    }
-}
-
 impl Lines<3> for F32Lines<'_> {
     fn count(&self) -> usize {
         self.count
@@ -209,17 +215,22 @@ impl Lines<3> for F32Lines<'_> {
     }
 
     #[inline(always)]
-    fn read(&self, line: usize, start: usize) -> [[u16; SIDE]; 3] {
-        if line >= self.count {
-            return [[0; SIDE]; 3];
+    fn read(&self, line: usize, start: usize, block: &mut [Block<u16>; 3]) {
+        let mut rest = [[0.0; SIDE]; SIDE];
+        for (line, rest) in (line..self.count).zip(&mut rest) {
+            let row = &self.data[line * self.stride..][..self.length][start..];
+            match row.first_chunk() {
+                Some(whole) => *rest = *whole,
+                None => rest[..row.len()].copy_from_slice(row),
+            }
         }
-        let row = &self.data[line * self.stride..][..self.length];
-        match row[start..].first_chunk() {
-            Some(whole) => pieces_of(whole),
-            None => {
-                let mut padded = [0.0; SIDE];
-                padded[..row.len() - start].copy_from_slice(&row[start..]);
-                pieces_of(&padded)
+        for piece in block {
+            // One loop over all elements: the compiler vectorizes a long one, and unrolls short ones to scalars.
+            let rest = rest.as_flattened_mut().iter_mut();
+            for (rest, piece) in rest.zip(piece.as_flattened_mut()) {
+                let upper = nearest(*rest);
+                *piece = (upper >> 16) as u16;
+                *rest -= f32::from_bits(upper);
             }
         }
     }
@@ -243,38 +254,25 @@ impl Lines<1> for Bf16Lines<'_> {
     }
 
     #[inline(always)]
-    fn read(&self, line: usize, start: usize) -> [[u16; SIDE]; 1] {
-        let mut bits = [0; SIDE];
-        let mut at = 2 * line * self.length;
-        for part in self.parts {
-            if at >= part.len() {
-                at -= part.len();
+    fn read(&self, line: usize, start: usize, [block]: &mut [Block<u16>; 1]) {
+        let line_bytes = 2 * self.length;
+        for (line, piece) in (line..).zip(block) {
+            *piece = [0; SIDE];
+            // Parts are few.
+            let mut at = line * line_bytes;
+            let Some(part) = self.parts.iter().find(|part| {
+                let is_inside = at < part.len();
+                at -= if is_inside { 0 } else { part.len() };
+                is_inside
+            }) else {
                 continue;
+            };
+            let stored = part[at..][..line_bytes][2 * start..].as_chunks().0;
+            for (piece, &bytes) in piece.iter_mut().zip(stored) {
+                *piece = u16::from_le_bytes(bytes);
             }
-            let row = &part[at..][..2 * self.length];
-            let stored = row[2 * start..].as_chunks().0;
-            for (bits, &bytes) in bits.iter_mut().zip(stored) {
-                *bits = u16::from_le_bytes(bytes);
-            }
-            break;
-        }
-        [bits]
-    }
-}
-
-/// The high, middle and low pieces of each element: it is their sum.
-#[inline(always)]
-fn pieces_of(x: &[f32; SIDE]) -> [[u16; SIDE]; 3] {
-    let mut pieces = [[0; SIDE]; 3];
-    let mut rest = *x;
-    for piece in &mut pieces {
-        for (piece, rest) in piece.iter_mut().zip(&mut rest) {
-            let upper = nearest(*rest);
-            *piece = (upper >> 16) as u16;
-            *rest -= f32::from_bits(upper);
         }
     }
-    pieces
 }
 
 /// The bits, as an f32's, of the BF16 nearest to `x`, of two equally near the even one; of those beyond the largest BF16 the one that is
@@ -299,35 +297,17 @@ fn right_panel<const P: usize>(
     first: usize,
     tiles: &mut [Tile],
 ) {
+    let mut block = [[[0; SIDE]; SIDE]; P];
     for (step, tiles) in tiles.chunks_exact_mut(2 * P).enumerate() {
         let start = step * SIDE;
         match inner {
-            Inner::Along => {
-                for (half, column) in halves() {
-                    let pieces = lines.read(first + half * 16 + column, start);
-                    for (p, piece) in pieces.iter().enumerate() {
-                        let tile = &mut tiles[2 * p + half].0;
-                        for (row, pair) in tile.iter_mut().zip(piece.as_chunks::<2>().0) {
-                            row[2 * column] = pair[0];
-                            row[2 * column + 1] = pair[1];
-                        }
-                    }
-                }
-            }
-            Inner::Across => {
-                for pair in 0..SIDE / 2 {
-                    let even = lines.read(start + 2 * pair, first);
-                    let odd = lines.read(start + 2 * pair + 1, first);
-                    for p in 0..P {
-                        for half in 0..2 {
-                            let row = &mut tiles[2 * p + half].0[pair];
-                            for column in 0..SIDE / 2 {
-                                row[2 * column] = even[p][half * 16 + column];
-                                row[2 * column + 1] = odd[p][half * 16 + column];
-                            }
-                        }
-                    }
-                }
+            Inner::Along => lines.read(first, start, &mut block),
+            Inner::Across => lines.read(start, first, &mut block),
+        }
+        for (piece, tiles) in block.iter().zip(tiles.as_chunks_mut().0) {
+            match inner {
+                Inner::Along => turn_pairs(piece, tiles),
+                Inner::Across => interleave(piece, tiles),
             }
         }
     }
@@ -335,39 +315,66 @@ fn right_panel<const P: usize>(
 
 /// Fills the tiles of rows `first` and following of a left operand.
 #[inline(always)]
-fn left_panel<const P: usize>(
-    lines: impl Lines<P>,
-    inner: Inner,
-    first: usize,
-    tiles: &mut [Tile],
-) {
-    for (step, tiles) in tiles.chunks_exact_mut(2 * P).enumerate() {
+fn left_panel(lines: impl Lines<3>, inner: Inner, first: usize, tiles: &mut [Tile]) {
+    let mut block = [[[0; SIDE]; SIDE]; 3];
+    for (step, tiles) in tiles.chunks_exact_mut(6).enumerate() {
         let start = step * SIDE;
         match inner {
-            Inner::Along => {
-                for (half, row) in halves() {
-                    let pieces = lines.read(first + half * 16 + row, start);
-                    for (p, piece) in pieces.iter().enumerate() {
-                        tiles[2 * p + half].0[row] = *piece;
-                    }
-                }
-            }
-            Inner::Across => {
-                for index in 0..SIDE {
-                    let pieces = lines.read(start + index, first);
-                    for (p, piece) in pieces.iter().enumerate() {
-                        for (half, row) in halves() {
-                            tiles[2 * p + half].0[row][index] = piece[half * 16 + row];
-                        }
-                    }
-                }
+            Inner::Along => lines.read(first, start, &mut block),
+            Inner::Across => lines.read(start, first, &mut block),
+        }
+        for (piece, tiles) in block.iter().zip(tiles.as_chunks_mut().0) {
+            match inner {
+                Inner::Along => copy(piece, tiles),
+                Inner::Across => turn(piece, tiles),
             }
         }
     }
 }
 
-/// Both tiles of a piece, and the 16 places in each.
+/// A line is a row of a left operand.
 #[inline(always)]
-fn halves() -> impl Iterator<Item = (usize, usize)> {
-    (0..SIDE).map(|i| (i / 16, i % 16))
+fn copy(block: &Block<u16>, tiles: &mut [Tile; 2]) {
+    for (half, tile) in block.as_chunks().0.iter().zip(tiles) {
+        tile.0 = *half;
+    }
+}
+
+/// A line is an inner index of a left operand.
+#[inline(always)]
+fn turn(block: &Block<u16>, tiles: &mut [Tile; 2]) {
+    for (half, tile) in tiles.iter_mut().enumerate() {
+        for (row, tile) in tile.0.iter_mut().enumerate() {
+            for (index, line) in block.iter().enumerate() {
+                tile[index] = line[half * 16 + row];
+            }
+        }
+    }
+}
+
+/// A line is a column of a right operand.
+#[inline(always)]
+fn turn_pairs(block: &Block<u16>, tiles: &mut [Tile; 2]) {
+    for (half, tile) in block.as_chunks::<16>().0.iter().zip(tiles) {
+        for (pair, row) in tile.0.iter_mut().enumerate() {
+            for (line, both) in half.iter().zip(row.as_chunks_mut().0) {
+                *both = [line[2 * pair], line[2 * pair + 1]];
+            }
+        }
+    }
+}
+
+/// A line is an inner index of a right operand.
+#[inline(always)]
+fn interleave(block: &Block<u16>, tiles: &mut [Tile; 2]) {
+    for (pair, [even, odd]) in block.as_chunks().0.iter().enumerate() {
+        for (half, tile) in tiles.iter_mut().enumerate() {
+            let (even, odd) = (&even[half * 16..][..16], &odd[half * 16..][..16]);
+            for ((both, &even), &odd) in
+                tile.0[pair].as_chunks_mut().0.iter_mut().zip(even).zip(odd)
+            {
+                *both = [even, odd];
+            }
+        }
+    }
 }
