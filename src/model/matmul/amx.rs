@@ -59,6 +59,14 @@ impl Multiply for SetUp {
         assert_eq!(right.len(), steps * pieces.tiles());
         unit::multiply(left, right, steps, pieces, sums);
     }
+
+    fn will_read(&self, tiles: &[Tile]) {
+        unit::will_read(tiles);
+    }
+
+    fn will_write(&self, elements: &[f32]) {
+        unit::will_write(elements);
+    }
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -146,6 +154,26 @@ mod unit {
         }
     }
 
+    /// Fetches `tiles` into the second-level cache.
+    pub(super) fn will_read(tiles: &[Tile]) {
+        for row in tiles.iter().flat_map(|tile| &tile.0) {
+            // SAFETY: a hint, which may be given of any address.
+            unsafe {
+                asm!("prefetcht1 [{}]", in(reg) row, options(nostack, readonly, preserves_flags));
+            }
+        }
+    }
+
+    /// Fetches the cache lines of `elements` for writing.
+    pub(super) fn will_write(elements: &[f32]) {
+        for line in elements.chunks(16) {
+            // SAFETY: a hint, which may be given of any address.
+            unsafe {
+                asm!("prefetchw [{}]", in(reg) line.as_ptr(), options(nostack, readonly, preserves_flags));
+            }
+        }
+    }
+
     /// Of two left tiles in tmm6 and tmm7 and two right ones in tmm4 and tmm5, all four products, added to tmm0 to tmm3.
     macro_rules! four_products {
         () => {
@@ -156,14 +184,15 @@ mod unit {
         };
     }
 
-    /// Loads the left tiles of the piece whose first is `$first` bytes into the step, and the same for right ones.
+    /// Loads the left tiles of the piece whose first is `$first` bytes into the step, without room in the first-level cache, which is for the
+    /// panel that many left ones meet; and the same for right ones.
     macro_rules! left {
         ($first:literal) => {
             concat!(
-                "tileloadd tmm6, [{left} + {row} + ",
+                "tileloaddt1 tmm6, [{left} + {row} + ",
                 $first,
                 "]\n",
-                "tileloadd tmm7, [{left} + {row} + 1024 + ",
+                "tileloaddt1 tmm7, [{left} + {row} + 1024 + ",
                 $first,
                 "]"
             )
@@ -280,4 +309,8 @@ mod unit {
     pub(super) fn release() {}
 
     pub(super) fn multiply(_: &[Tile], _: &[Tile], _: usize, _: Pieces, _: &mut Sums) {}
+
+    pub(super) fn will_read(_: &[Tile]) {}
+
+    pub(super) fn will_write(_: &[f32]) {}
 }

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use amx::Amx;
 pub(crate) use tiles::{Arranged, Inner};
-use tiles::{Multiply, SIDE, Sums, Tile, Unit};
+use tiles::{Multiply, Pieces, SIDE, Sums, Tile, Unit};
 
 use super::kernels::simd;
 
@@ -184,12 +184,16 @@ thread_local! {
 const LEFT_BYTES: usize = 1 << 20;
 
 /// Tasks for each thread, so that one that is held up does not hold up all.
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 2;
+
+/// Steps of the inner dimension that are summed at once, at most: so that a task's left operand has some panels, which share each panel of
+/// the right one.
+const MOST_STEPS: usize = 32;
 
 /// [`matmul`] by a matrix unit.
 ///
-/// A task takes some panels of rows, arranges them, and goes over the right operand's panels of columns: all, unless there are fewer
-/// panels of rows than threads.
+/// A task takes some panels of rows. Stretch after stretch of the inner dimension, it arranges them and goes over the right operand's panels
+/// of columns: all, unless there are fewer panels of rows than threads.
 fn by_tiles(
     unit: impl Unit,
     out: MatrixMut<'_>,
@@ -199,7 +203,8 @@ fn by_tiles(
     b: &Arranged,
     threads: Threads,
 ) {
-    let panel = tiles::left_panel_tiles(b.inner);
+    let steps = b.steps();
+    let stretch = steps.div_ceil(steps.div_ceil(MOST_STEPS).max(1)).max(1);
     let [row_panels, column_panels] = [out.rows, out.cols].map(|side| side.div_ceil(SIDE));
     let wanted = match threads {
         Threads::One => 1,
@@ -208,8 +213,8 @@ fn by_tiles(
             threads => TASKS_PER_THREAD * threads,
         },
     };
-    let fitting = (LEFT_BYTES / (panel * size_of::<Tile>()).max(1)).max(1);
-    let high = row_panels.div_ceil(wanted).min(fitting);
+    let panel_bytes = stretch * Pieces::Three.tiles() * size_of::<Tile>();
+    let high = row_panels.div_ceil(wanted).min(LEFT_BYTES / panel_bytes);
     let across = (wanted / row_panels.div_ceil(high)).clamp(1, column_panels);
     let wide = column_panels.div_ceil(across);
 
@@ -217,38 +222,34 @@ fn by_tiles(
     let across = column_panels.div_ceil(wide);
     let mut tasks: Vec<Vec<&mut [f32]>> = Vec::new();
     tasks.resize_with(row_panels.div_ceil(high) * across, Vec::new);
-    for (row, elements) in out
-        .data
-        .chunks_mut(out.row_stride)
-        .take(out.rows)
-        .enumerate()
-    {
+    let rows = out.data.chunks_mut(out.row_stride).take(out.rows);
+    for (row, elements) in rows.enumerate() {
         let first = row / (high * SIDE) * across;
-        for (task, part) in elements[..out.cols].chunks_mut(wide * SIDE).enumerate() {
+        let parts = elements[..out.cols].chunks_mut(wide * SIDE);
+        for (task, part) in parts.enumerate() {
             tasks[first + task].push(part);
         }
     }
     let run = |(task, mut rows): (usize, Vec<&mut [f32]>)| {
         let (first_row, first_panel) = (task / across * high * SIDE, task % across * wide);
-        let mut left = LEFT.take();
-        left.resize(rows.len().div_ceil(SIDE) * panel, Tile::ZERO);
-        tiles::arrange_left(a, first_row, &mut left);
-        let unit = unit.set_up();
-        let mut sums = Sums::ZERO;
-        let width = rows.first().map_or(0, |row| row.len());
-        for column in (0..width).step_by(SIDE) {
-            let right = b.panel(first_panel + column / SIDE);
-            for (rows, index) in rows.chunks_mut(SIDE).zip(0..) {
-                let left = &left[index * panel..(index + 1) * panel];
-                unit.multiply(left, right, b.pieces, &mut sums);
-                simd(
-                    #[inline(always)]
-                    || write(&sums, rows, column, output, scale),
-                );
+        let mut buffer = LEFT.take();
+        // An empty sum is zero: there is at least one stretch.
+        for first in (0..steps.max(1)).step_by(stretch) {
+            let stretch = first..steps.min(first + stretch);
+            let output = match first {
+                0 => output,
+                _ => Output::Add,
+            };
+            let tiles = rows.len().div_ceil(SIDE) * stretch.len() * Pieces::Three.tiles();
+            buffer.resize(buffer.len().max(tiles), Tile::ZERO);
+            let left = &mut buffer[..tiles];
+            if tiles > 0 {
+                tiles::arrange_left(a, first_row, stretch.clone(), left);
             }
+            let panel = |index: usize| b.panel(first_panel + index, stretch.clone());
+            multiply_stretch(unit, &mut rows, output, scale, left, b.pieces, panel);
         }
-        drop(unit);
-        LEFT.set(left);
+        LEFT.set(buffer);
     };
     match wanted {
         1 => tasks.into_iter().enumerate().for_each(run),
@@ -256,33 +257,80 @@ fn by_tiles(
     }
 }
 
-/// Writes `scale * sums` to the elements of `rows` from `column` on, or adds them.
-#[inline(always)]
-fn write(sums: &Sums, rows: &mut [&mut [f32]], column: usize, output: Output, scale: f32) {
-    for (row, sums) in rows.iter_mut().zip(&sums.0) {
-        let row = &mut row[column..];
-        match (output, row.first_chunk_mut::<SIDE>()) {
-            (Output::Overwrite, Some(row)) => {
-                for (out, sum) in row.iter_mut().zip(sums) {
-                    *out = scale * sum;
-                }
+/// `rows = scale * left right`, or `rows += ...`, with the columns `index * SIDE` and following of the right operand in `right(index)`.
+fn multiply_stretch<'b>(
+    unit: impl Unit,
+    rows: &mut [&mut [f32]],
+    output: Output,
+    scale: f32,
+    left: &[Tile],
+    pieces: Pieces,
+    right: impl Fn(usize) -> &'b [Tile],
+) {
+    let unit = unit.set_up();
+    let width = rows.first().map_or(0, |row| row.len());
+    let panels = rows.len().div_ceil(SIDE);
+    let panel = left.len() / panels;
+    // Each block is written while the next one is multiplied: writing waits for sums, and for memory.
+    let (mut new, mut old) = (&mut Sums::ZERO.clone(), &mut Sums::ZERO.clone());
+    let mut last = None;
+    for column in (0..width).step_by(SIDE) {
+        let columns = column..width.min(column + SIDE);
+        let index = column / SIDE;
+        let next: &[Tile] = match columns.end < width {
+            true => right(index + 1),
+            false => &[],
+        };
+        let mut next = next.chunks(next.len().div_ceil(panels).max(1));
+        for first in (0..rows.len()).step_by(SIDE) {
+            let block = first..rows.len().min(first + SIDE);
+            for row in &rows[block.clone()] {
+                unit.will_write(&row[columns.clone()]);
             }
-            (Output::Add, Some(row)) => {
-                for (out, sum) in row.iter_mut().zip(sums) {
-                    *out += scale * sum;
-                }
+            unit.will_read(next.next().unwrap_or_default());
+            unit.multiply(
+                &left[first / SIDE * panel..][..panel],
+                right(index),
+                pieces,
+                new,
+            );
+            if let Some((rows_of_last, columns)) = last.replace((block, columns.clone())) {
+                write(old, &mut rows[rows_of_last], columns, output, scale);
             }
-            (_, None) => {
-                for (out, sum) in row.iter_mut().zip(sums) {
-                    let old = match output {
-                        Output::Overwrite => 0.0,
-                        Output::Add => *out,
-                    };
-                    *out = old + scale * sum;
-                }
-            }
+            std::mem::swap(&mut new, &mut old);
         }
     }
+    if let Some((rows_of_last, columns)) = last {
+        write(old, &mut rows[rows_of_last], columns, output, scale);
+    }
+}
+
+/// Writes `scale * sums` to the elements of `rows` in `columns`, or adds them.
+fn write(sums: &Sums, rows: &mut [&mut [f32]], columns: Range<usize>, output: Output, scale: f32) {
+    simd(
+        #[inline(always)]
+        || {
+            for (row, sums) in rows.iter_mut().zip(&sums.0) {
+                let row = &mut row[columns.clone()];
+                match (output, row.first_chunk_mut::<SIDE>()) {
+                    (Output::Overwrite, Some(row)) => {
+                        *row = std::array::from_fn(|i| scale * sums[i]);
+                    }
+                    (Output::Add, Some(row)) => {
+                        *row = std::array::from_fn(|i| row[i] + scale * sums[i]);
+                    }
+                    (Output::Overwrite, None) => {
+                        let each = row.iter_mut().zip(sums);
+                        each.for_each(|(out, sum)| *out = scale * sum);
+                    }
+                    (Output::Add, None) => {
+                        let each = row.iter_mut().zip(sums);
+                        each.for_each(|(out, sum)| *out += scale * sum);
+                    }
+                }
+            }
+        },
+    );
 }
 
 /// The kernel's tile with AVX-512; with AVX2 it is as high and a quarter as wide.

@@ -15,6 +15,8 @@
 //!
 //! Source: Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", arXiv:1904.06376.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::Matrix;
@@ -67,6 +69,12 @@ pub(super) trait Unit: Copy + Sync {
 pub(super) trait Multiply {
     /// Overwrites `sums` with the products of the rows of a left panel with the columns of a right one, of as many steps.
     fn multiply(&self, left: &[Tile], right: &[Tile], pieces: Pieces, sums: &mut Sums);
+
+    /// Hints that `tiles` will be read.
+    fn will_read(&self, tiles: &[Tile]);
+
+    /// Hints that `elements` will be written to, after the next product.
+    fn will_write(&self, elements: &[f32]);
 }
 
 /// A right operand, inner x columns, arranged.
@@ -128,33 +136,33 @@ impl Arranged {
             });
     }
 
-    /// Columns `index * SIDE` and following.
-    pub(super) fn panel(&self, index: usize) -> &[Tile] {
-        let panel = self.panel_tiles();
-        &self.tiles[index * panel..(index + 1) * panel]
+    /// Steps of a panel.
+    pub(super) fn steps(&self) -> usize {
+        self.inner.div_ceil(SIDE)
+    }
+
+    /// Of columns `index * SIDE` and following, `steps`.
+    pub(super) fn panel(&self, index: usize, steps: Range<usize>) -> &[Tile] {
+        let step = self.pieces.tiles();
+        &self.tiles[index * self.panel_tiles()..][steps.start * step..steps.end * step]
     }
 
     fn panel_tiles(&self) -> usize {
-        self.inner.div_ceil(SIDE) * self.pieces.tiles()
+        self.steps() * self.pieces.tiles()
     }
 }
 
-/// Tiles of a panel of a left operand.
-pub(super) fn left_panel_tiles(inner: usize) -> usize {
-    inner.div_ceil(SIDE) * Pieces::Three.tiles()
-}
-
-/// Arranges rows `first` and following of the left operand `a` as panels in `tiles`.
-pub(super) fn arrange_left(a: Matrix<'_>, first: usize, tiles: &mut [Tile]) {
-    let panel = left_panel_tiles(a.cols);
-    let inner = match a.col_stride {
-        1 => Inner::Along,
-        _ => Inner::Across,
-    };
-    for (index, tiles) in tiles.chunks_exact_mut(panel.max(1)).enumerate() {
+/// Arranges rows `first` and following of the left operand `a` as panels in `tiles`, with the inner indices of `steps` alone.
+pub(super) fn arrange_left(a: Matrix<'_>, first: usize, steps: Range<usize>, tiles: &mut [Tile]) {
+    let (panel, lines) = (steps.len() * Pieces::Three.tiles(), F32Lines::of(a));
+    for (index, tiles) in tiles.chunks_exact_mut(panel).enumerate() {
+        let (first, steps) = (first + index * SIDE, steps.clone());
         simd(
             #[inline(always)]
-            || left_panel(F32Lines::of(a), inner, first + index * SIDE, tiles),
+            || match a.col_stride {
+                1 => left_panel_of_rows(lines, first, steps.start, tiles),
+                _ => left_panel_of_columns(lines, first, steps.start, tiles),
+            },
         );
     }
 }
@@ -228,9 +236,7 @@ impl Lines<3> for F32Lines<'_> {
             // One loop over all elements: the compiler vectorizes a long one, and unrolls short ones to scalars.
             let rest = rest.as_flattened_mut().iter_mut();
             for (rest, piece) in rest.zip(piece.as_flattened_mut()) {
-                let upper = nearest(*rest);
-                *piece = (upper >> 16) as u16;
-                *rest -= f32::from_bits(upper);
+                *piece = take_piece(rest);
             }
         }
     }
@@ -275,6 +281,14 @@ impl Lines<1> for Bf16Lines<'_> {
     }
 }
 
+/// The piece that comes next: it is taken from `rest`.
+#[inline(always)]
+fn take_piece(rest: &mut f32) -> u16 {
+    let upper = nearest(*rest);
+    *rest -= f32::from_bits(upper);
+    (upper >> 16) as u16
+}
+
 /// The bits, as an f32's, of the BF16 nearest to `x`, of two equally near the even one; of those beyond the largest BF16 the one that is
 /// nearer to zero, so that what is left stays finite, too.
 #[inline(always)]
@@ -313,30 +327,39 @@ fn right_panel<const P: usize>(
     }
 }
 
-/// Fills the tiles of rows `first` and following of a left operand.
+/// Fills the tiles of rows `first` and following of a left operand whose lines are the rows: line after line, as they come from memory.
 #[inline(always)]
-fn left_panel(lines: impl Lines<3>, inner: Inner, first: usize, tiles: &mut [Tile]) {
-    let mut block = [[[0; SIDE]; SIDE]; 3];
-    for (step, tiles) in tiles.chunks_exact_mut(6).enumerate() {
-        let start = step * SIDE;
-        match inner {
-            Inner::Along => lines.read(first, start, &mut block),
-            Inner::Across => lines.read(start, first, &mut block),
-        }
-        for (piece, tiles) in block.iter().zip(tiles.as_chunks_mut().0) {
-            match inner {
-                Inner::Along => copy(piece, tiles),
-                Inner::Across => turn(piece, tiles),
+fn left_panel_of_rows(lines: F32Lines<'_>, first: usize, first_step: usize, tiles: &mut [Tile]) {
+    for place in 0..SIDE {
+        let line: &[f32] = match first + place < lines.count {
+            true => &lines.data[(first + place) * lines.stride..][first_step * SIDE..lines.length],
+            false => &[],
+        };
+        let (whole, rest) = line.as_chunks();
+        let mut padded = [0.0; SIDE];
+        padded[..rest.len()].copy_from_slice(rest);
+        let steps = whole.iter().chain(std::iter::repeat(&padded));
+        for (elements, tiles) in steps.zip(tiles.as_chunks_mut::<6>().0) {
+            let mut rest = *elements;
+            for tiles in tiles.as_chunks_mut::<2>().0 {
+                let row = &mut tiles[place / 16].0[place % 16];
+                for (rest, piece) in rest.iter_mut().zip(row) {
+                    *piece = take_piece(rest);
+                }
             }
         }
     }
 }
 
-/// A line is a row of a left operand.
+/// The same of a left operand whose lines are the inner indices.
 #[inline(always)]
-fn copy(block: &Block<u16>, tiles: &mut [Tile; 2]) {
-    for (half, tile) in block.as_chunks().0.iter().zip(tiles) {
-        tile.0 = *half;
+fn left_panel_of_columns(lines: F32Lines<'_>, first: usize, first_step: usize, tiles: &mut [Tile]) {
+    let mut block = [[[0; SIDE]; SIDE]; 3];
+    for (step, tiles) in tiles.as_chunks_mut::<6>().0.iter_mut().enumerate() {
+        lines.read((first_step + step) * SIDE, first, &mut block);
+        for (piece, tiles) in block.iter().zip(tiles.as_chunks_mut().0) {
+            turn(piece, tiles);
+        }
     }
 }
 
