@@ -212,6 +212,31 @@ impl<'c> Decoder<'c> {
         4 * self.weights.blocks.iter().map(of_block).max().unwrap_or(0)
     }
 
+    /// Bytes of the largest block's matrices as operands of products, of one expert where it has several. What is in BF16 takes no more than
+    /// in f32; the rest is in f32 and, where there is a matrix unit, in pieces as well.
+    pub fn operand_bytes(&self, activations: Activations) -> usize {
+        let arranged = match activations {
+            Activations::Keep => 1,
+            Activations::Recompute => 2,
+        };
+        let of_linear = |linear: &Linear<'_>| {
+            elements(linear)
+                * match linear.is_stored_bf16() {
+                    true => 4,
+                    false => 4 + 6 * arranged,
+                }
+        };
+        let of_gated = |gated: &GatedLinear<'_>| of_linear(&gated.gate_up) + of_linear(&gated.down);
+        let of_block = |block: &Block<'_>| {
+            let gated = match &block.feed_forward {
+                FeedForward::Dense(gated) => Some(gated),
+                FeedForward::Mixture { experts, .. } => experts.first(),
+            };
+            of_linear(&block.qkv) + of_linear(&block.output) + gated.map_or(0, of_gated)
+        };
+        self.weights.blocks.iter().map(of_block).max().unwrap_or(0)
+    }
+
     /// Bytes of activations that a pack of `tokens` tokens needs at most, besides weights and gradients.
     pub fn activation_bytes(&self, activations: Activations, tokens: usize) -> usize {
         let config = &self.config;
@@ -222,7 +247,9 @@ impl<'c> Decoder<'c> {
             Activations::Recompute => blocks.max().unwrap_or(0),
         };
         let widest = config.blocks.iter().map(|place| place.width).max();
-        let scratch = 2 * config.heads().row() + 3 * config.hidden_size + widest.unwrap_or(0);
+        let widest = widest.unwrap_or(0);
+        // The last: what the gradient of a matrix is a product of, in pieces of 6 bytes.
+        let scratch = 2 * config.heads().row() + 3 * config.hidden_size + widest + 3 * widest / 2;
         let floats = kept + (config.blocks.len() + 2) * config.hidden_size + scratch;
         4 * tokens * floats
     }

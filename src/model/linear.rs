@@ -187,18 +187,23 @@ impl Linear<'_> {
         })
     }
 
+    /// Whether it is computed as it is stored, wherever the targets are, and stored in BF16.
+    pub(crate) fn is_stored_bf16(&self) -> bool {
+        let mut parts = self.parts.iter();
+        parts.all(|part| part.view.dtype == Dtype::BF16 && matches!(part.role, Role::Frozen))
+    }
+
     /// Loads the matrices, with those that are targets, or have factors over them, at `point`.
     pub(crate) fn load(&self, point: Point<'_>, products: Products, w: &mut Loaded) {
         (w.outputs, w.inputs) = (self.outputs, self.inputs);
-        let is_stored_bf16 = |part: &Part<'_>| {
-            let is_stored = match part.role {
-                Role::Frozen => true,
-                Role::Target(_) => point.is_stored(),
-                Role::Adapted(_) => false,
-            };
-            is_stored && part.view.dtype == Dtype::BF16
+        let is_moved = |part: &Part<'_>| match part.role {
+            Role::Frozen => false,
+            Role::Target(_) => !point.is_stored(),
+            Role::Adapted(_) => true,
         };
-        if takes_arranged() && self.parts.iter().all(is_stored_bf16) {
+        let is_bf16 = |part: &Part<'_>| part.view.dtype == Dtype::BF16;
+        let mut parts = self.parts.iter();
+        if takes_arranged() && parts.all(|part| is_bf16(part) && !is_moved(part)) {
             let parts: Vec<&[u8]> = self.parts.iter().map(|part| part.view.bytes).collect();
             w.arrange_stored(&parts, products);
             return;

@@ -59,14 +59,6 @@ impl Multiply for SetUp {
         assert_eq!(right.len(), steps * pieces.tiles());
         unit::multiply(left, right, steps, pieces, sums);
     }
-
-    fn will_read(&self, tiles: &[Tile]) {
-        unit::will_read(tiles);
-    }
-
-    fn will_write(&self, elements: &[f32]) {
-        unit::will_write(elements);
-    }
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -151,26 +143,6 @@ mod unit {
         // SAFETY: only reached through `Amx`, which exists if the instruction does; nobody else's tiles are on this thread.
         unsafe {
             asm!("tilerelease", options(nostack, nomem));
-        }
-    }
-
-    /// Fetches `tiles` into the second-level cache.
-    pub(super) fn will_read(tiles: &[Tile]) {
-        for row in tiles.iter().flat_map(|tile| &tile.0) {
-            // SAFETY: a hint, which may be given of any address.
-            unsafe {
-                asm!("prefetcht1 [{}]", in(reg) row, options(nostack, readonly, preserves_flags));
-            }
-        }
-    }
-
-    /// Fetches the cache lines of `elements` for writing.
-    pub(super) fn will_write(elements: &[f32]) {
-        for line in elements.chunks(16) {
-            // SAFETY: a hint, which may be given of any address.
-            unsafe {
-                asm!("prefetchw [{}]", in(reg) line.as_ptr(), options(nostack, readonly, preserves_flags));
-            }
         }
     }
 
@@ -309,8 +281,4 @@ mod unit {
     pub(super) fn release() {}
 
     pub(super) fn multiply(_: &[Tile], _: &[Tile], _: usize, _: Pieces, _: &mut Sums) {}
-
-    pub(super) fn will_read(_: &[Tile]) {}
-
-    pub(super) fn will_write(_: &[f32]) {}
 }

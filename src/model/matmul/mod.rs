@@ -277,17 +277,8 @@ fn multiply_stretch<'b>(
     for column in (0..width).step_by(SIDE) {
         let columns = column..width.min(column + SIDE);
         let index = column / SIDE;
-        let next: &[Tile] = match columns.end < width {
-            true => right(index + 1),
-            false => &[],
-        };
-        let mut next = next.chunks(next.len().div_ceil(panels).max(1));
         for first in (0..rows.len()).step_by(SIDE) {
             let block = first..rows.len().min(first + SIDE);
-            for row in &rows[block.clone()] {
-                unit.will_write(&row[columns.clone()]);
-            }
-            unit.will_read(next.next().unwrap_or_default());
             unit.multiply(
                 &left[first / SIDE * panel..][..panel],
                 right(index),
@@ -462,6 +453,7 @@ fn fits(len: usize, rows: usize, cols: usize, row_stride: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::tiles::emulation::{Emulated, bf16};
     use super::*;
 
     /// Small integers, so that products are exact and any order of summation gives the same bits.
@@ -552,6 +544,136 @@ mod tests {
                         one == product(threads),
                         "{m} x {n} x {k}, {threads} threads"
                     );
+                }
+            }
+        }
+    }
+
+    /// Numbers of both signs over some powers of two, with all their bits.
+    fn rough(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f);
+            state
+        };
+        (0..n)
+            .map(|_| {
+                let (bits, exponent) = (next(), next() >> 29);
+                f32::from_bits(bits & 0x807f_ffff | (121 + exponent) << 23)
+            })
+            .collect()
+    }
+
+    /// Holds `out`, rows x columns, against the product of `a` and `b` in f64: within `bound` of the sum of the products' magnitudes.
+    fn check_close(out: &[f32], a: Matrix<'_>, b: Matrix<'_>, scale: f64, old: f64, bound: f64) {
+        let at = |m: Matrix<'_>, row: usize, col: usize| {
+            f64::from(m.data[row * m.row_stride + col * m.col_stride])
+        };
+        for (place, &out) in out.iter().enumerate() {
+            let (row, col) = (place / b.cols, place % b.cols);
+            let products = (0..a.cols).map(|k| at(a, row, k) * at(b, k, col));
+            let (sum, magnitude) = products.fold((0.0, 0.0), |(s, m), p| (s + p, m + p.abs()));
+            let error = (f64::from(out) - (old + scale * sum)).abs();
+            assert!(
+                error <= bound * (scale.abs() * magnitude + old.abs()),
+                "{row}, {col}: {out} for {sum}"
+            );
+        }
+    }
+
+    /// A product in tiles on one thread, by the unit's arithmetic.
+    fn emulated(a: Matrix<'_>, b: &Arranged, output: Output, scale: f32, out: &mut [f32]) {
+        let out = MatrixMut::new(out, a.rows, b.columns);
+        by_tiles(Emulated, out, output, scale, a, b, Threads::One);
+    }
+
+    const LAST_BIT: f64 = 1.0 / 8_388_608.0;
+
+    #[test]
+    fn products_in_tiles_are_those_of_f64_in_every_layout() {
+        // Whole tiles, parts of them, and an inner dimension of two stretches.
+        for (m, n, k) in [(64, 32, 96), (37, 45, 70), (1, 3, 5), (33, 5, 1100)] {
+            let (a, b) = (rough(m * k, 1), rough(k * n, 2));
+            let a = [Matrix::new(&a, m, k), Matrix::new(&a, k, m).t()];
+            let b = [Matrix::new(&b, k, n), Matrix::new(&b, n, k).t()];
+            for (a, b) in a.into_iter().flat_map(|a| b.map(|b| (a, b))) {
+                let mut arranged = Arranged::default();
+                arranged.arrange(b);
+                let mut out = vec![f32::NAN; m * n];
+                emulated(a, &arranged, Output::Overwrite, 1.0, &mut out);
+                check_close(&out, a, b, 1.0, 0.0, 8.0 * LAST_BIT);
+                let mut out = vec![2.0; m * n];
+                emulated(a, &arranged, Output::Add, -0.5, &mut out);
+                check_close(&out, a, b, -0.5, 2.0, 8.0 * LAST_BIT);
+            }
+        }
+    }
+
+    #[test]
+    fn stored_bf16_matrices_one_above_the_other_are_one_operand() {
+        let (tokens, inputs) = (35, 70);
+        let rows = [40, 7, 50];
+        let outputs: usize = rows.iter().sum();
+        let bits: Vec<u16> = rough(outputs * inputs, 3)
+            .iter()
+            .map(|x| (x.to_bits() >> 16) as u16)
+            .collect();
+        let widened: Vec<f32> = bits.iter().map(|&bits| bf16(bits)).collect();
+        let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+        let (first, rest) = bytes.split_at(2 * rows[0] * inputs);
+        let (second, third) = rest.split_at(2 * rows[1] * inputs);
+        let parts = [first, second, third];
+        let w = Matrix::new(&widened, outputs, inputs);
+        for (inner, w) in [(Inner::Along, w.t()), (Inner::Across, w)] {
+            let x = rough(tokens * w.rows, 4);
+            let x = Matrix::new(&x, tokens, w.rows);
+            let mut arranged = Arranged::default();
+            arranged.arrange_stored(&parts, inputs, inner);
+            let mut out = vec![0.0; tokens * w.cols];
+            emulated(x, &arranged, Output::Overwrite, 1.0, &mut out);
+            check_close(&out, x, w, 1.0, 0.0, 4.0 * LAST_BIT);
+        }
+    }
+
+    #[test]
+    #[expect(
+        clippy::print_stderr,
+        reason = "a test that tests nothing has to say so"
+    )]
+    fn the_unit_gives_the_bits_of_its_emulation() {
+        let Some(unit) = Amx::here() else {
+            eprintln!("there is no AMX-BF16 here, so nothing was compared");
+            return;
+        };
+        // Every tile is full of bits that mean something: also infinities, NaNs, and what counts as zero.
+        for (seed, finite) in [(5, true), (6, true), (7, false)] {
+            let steps = 3;
+            let random = |seed: u32, tiles: usize| -> Vec<Tile> {
+                let bits = rough(tiles * 512, seed);
+                let bits = bits.iter().zip(rough(tiles * 512, seed + 100));
+                let bits: Vec<u16> = bits
+                    .map(|(x, y)| match finite {
+                        true => (x.to_bits() >> 16) as u16,
+                        false => (y.to_bits() << 13 >> 16) as u16,
+                    })
+                    .collect();
+                bits.as_chunks()
+                    .0
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|rows| Tile(*rows))
+                    .collect()
+            };
+            for pieces in [Pieces::One, Pieces::Three] {
+                let left = random(seed, steps * Pieces::Three.tiles());
+                let right = random(seed + 10, steps * pieces.tiles());
+                let (mut got, mut want) = (Sums::ZERO, Sums::ZERO);
+                unit.set_up().multiply(&left, &right, pieces, &mut got);
+                Emulated.multiply(&left, &right, pieces, &mut want);
+                for (got, want) in got.0.as_flattened().iter().zip(want.0.as_flattened()) {
+                    let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+                    assert!(same, "{got:e} for {want:e}");
                 }
             }
         }

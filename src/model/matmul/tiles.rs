@@ -69,12 +69,6 @@ pub(super) trait Unit: Copy + Sync {
 pub(super) trait Multiply {
     /// Overwrites `sums` with the products of the rows of a left panel with the columns of a right one, of as many steps.
     fn multiply(&self, left: &[Tile], right: &[Tile], pieces: Pieces, sums: &mut Sums);
-
-    /// Hints that `tiles` will be read.
-    fn will_read(&self, tiles: &[Tile]);
-
-    /// Hints that `elements` will be written to, after the next product.
-    fn will_write(&self, elements: &[f32]);
 }
 
 /// A right operand, inner x columns, arranged.
@@ -398,6 +392,105 @@ fn interleave(block: &Block<u16>, tiles: &mut [Tile; 2]) {
             {
                 *both = [even, odd];
             }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod emulation {
+    //! The unit's arithmetic, an element at a time.
+
+    use super::{Multiply, Pieces, SIDE, Sums, Tile, Unit};
+
+    /// What [`super::super::amx`] documents, computed by the standard library.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Emulated;
+
+    /// The pieces of each product of tiles, left and right, in the order of the kernel: 0 is high, 2 is low.
+    const ORDER: [[usize; 2]; 6] = [[2, 0], [1, 0], [0, 0], [0, 2], [0, 1], [1, 1]];
+
+    impl Unit for Emulated {
+        type SetUp = Self;
+
+        fn set_up(self) -> Self {
+            self
+        }
+    }
+
+    impl Multiply for Emulated {
+        fn multiply(&self, left: &[Tile], right: &[Tile], pieces: Pieces, sums: &mut Sums) {
+            *sums = Sums::ZERO;
+            let products = match pieces {
+                Pieces::One => &ORDER[..3],
+                Pieces::Three => &ORDER,
+            };
+            let steps = left
+                .chunks_exact(Pieces::Three.tiles())
+                .zip(right.chunks_exact(pieces.tiles()));
+            for (left, right) in steps {
+                for &[l, r] in products {
+                    for (row, sums) in sums.0.iter_mut().enumerate() {
+                        let left = &left[2 * l + row / 16].0[row % 16];
+                        for (column, sum) in sums.iter_mut().enumerate() {
+                            let right = &right[2 * r + column / 16].0;
+                            let mut halves = [0.0; 2];
+                            for index in 0..SIDE {
+                                let half = &mut halves[index % 2];
+                                let other = right[index / 2][2 * (column % 16) + index % 2];
+                                *half = flushed(bf16(left[index]).mul_add(bf16(other), *half));
+                            }
+                            *sum = flushed(*sum + flushed(halves[0] + halves[1]));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) fn bf16(bits: u16) -> f32 {
+        flushed(f32::from_bits(u32::from(bits) << 16))
+    }
+
+    fn flushed(x: f32) -> f32 {
+        if x.is_subnormal() {
+            0.0_f32.copysign(x)
+        } else {
+            x
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::emulation::bf16;
+    use super::*;
+
+    fn pieces(x: f32) -> [u16; 3] {
+        let mut rest = x;
+        [0; 3].map(|_| take_piece(&mut rest))
+    }
+
+    #[test]
+    fn every_element_is_the_sum_of_its_pieces() {
+        // All exponents and both signs, with significands of all lengths.
+        let upper = (0..=u16::MAX).map(|upper| u32::from(upper) << 16);
+        let lower = [
+            0, 1, 2, 0x7fff, 0x8000, 0x8001, 0xffff, 0x5a5a, 0x00ff, 0x0180,
+        ];
+        for bits in upper.flat_map(|upper| lower.map(|lower| upper | lower)) {
+            let x = f32::from_bits(bits);
+            let pieces = pieces(x).map(bf16);
+            let sum: f64 = pieces.iter().map(|&piece| f64::from(piece)).sum();
+            if !x.is_finite() {
+                assert!(sum.is_nan(), "{x} in {pieces:?}");
+                continue;
+            }
+            let lost = (sum - f64::from(x)).abs();
+            match x.abs() < 2.0_f32.powi(-102) {
+                true => assert!(lost < 2.0_f64.powi(-125), "{x:e} in {pieces:?}"),
+                false => assert!(lost == 0.0, "{x:e} in {pieces:?}"),
+            }
+            assert!(f64::from(pieces[1].abs()) <= f64::from(x.abs()) / 128.0);
         }
     }
 }
