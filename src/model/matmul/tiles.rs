@@ -119,15 +119,16 @@ impl Arranged {
         if panel == 0 {
             return;
         }
+        let group = |index: usize, tiles: &mut [Tile]| {
+            simd(
+                #[inline(always)]
+                || right_panels(lines, inner, index * PANELS_AT_ONCE * SIDE, panel, tiles),
+            );
+        };
         self.tiles
-            .par_chunks_exact_mut(panel)
+            .par_chunks_mut(PANELS_AT_ONCE * panel)
             .enumerate()
-            .for_each(|(index, tiles)| {
-                simd(
-                    #[inline(always)]
-                    || right_panel(lines, inner, index * SIDE, tiles),
-                );
-            });
+            .for_each(|(index, tiles)| group(index, tiles));
     }
 
     /// Steps of a panel.
@@ -297,26 +298,39 @@ fn nearest(x: f32) -> u32 {
     bits.wrapping_add(up) & UPPER
 }
 
-/// Fills the tiles of columns `first` and following of a right operand.
+/// Right panels that are arranged together: what they take of a line that runs across the inner dimension is some cache lines, not one.
+const PANELS_AT_ONCE: usize = 4;
+
+/// Fills the tiles of columns `first` and following of a right operand, of panels of so many tiles.
 #[inline(always)]
-fn right_panel<const P: usize>(
+fn right_panels<const P: usize>(
     lines: impl Lines<P>,
     inner: Inner,
     first: usize,
+    panel: usize,
     tiles: &mut [Tile],
 ) {
     let mut block = [[[0; SIDE]; SIDE]; P];
-    for (step, tiles) in tiles.chunks_exact_mut(2 * P).enumerate() {
-        let start = step * SIDE;
+    let steps = panel / (2 * P);
+    let panels = tiles.len() / panel;
+    let mut fill = |index: usize, step: usize| {
+        let (column, start) = (first + index * SIDE, step * SIDE);
         match inner {
-            Inner::Along => lines.read(first, start, &mut block),
-            Inner::Across => lines.read(start, first, &mut block),
+            Inner::Along => lines.read(column, start, &mut block),
+            Inner::Across => lines.read(start, column, &mut block),
         }
+        let tiles = &mut tiles[index * panel + step * 2 * P..][..2 * P];
         for (piece, tiles) in block.iter().zip(tiles.as_chunks_mut().0) {
             match inner {
                 Inner::Along => turn_pairs(piece, tiles),
                 Inner::Across => interleave(piece, tiles),
             }
+        }
+    };
+    match inner {
+        Inner::Along => (0..panels).for_each(|index| (0..steps).for_each(|step| fill(index, step))),
+        Inner::Across => {
+            (0..steps).for_each(|step| (0..panels).for_each(|index| fill(index, step)));
         }
     }
 }
