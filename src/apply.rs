@@ -156,6 +156,11 @@ impl<'a> Wanted<'a> {
         })
     }
 
+    /// The names of the tensors that there are deltas for.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.deltas.iter().map(DeltaTensor::name)
+    }
+
     /// Whether `checkpoint` is what the deltas are for. Those of a file are held against its digests, which reads the tensors
     /// that would be patched once, in parallel.
     ///

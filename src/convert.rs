@@ -16,6 +16,7 @@ pub mod general;
 pub mod names;
 mod patched;
 mod stored;
+mod to_adapter;
 mod to_directory;
 mod to_gguf;
 pub mod tokenizer;
@@ -29,6 +30,7 @@ use thiserror::Error;
 pub use conversion::Conversion;
 pub use patched::PatchedType;
 pub use stored::{StoredModel, StoredModelError};
+pub use to_adapter::{AdapterBase, AdapterSettings};
 pub use to_gguf::{GgufSettings, Texts};
 pub use write::CONVERSION_BYTES;
 
@@ -126,6 +128,21 @@ pub enum ConvertError {
     TooManyParts {
         /// How many.
         parts: usize,
+    },
+    /// A perturbation that is not of low rank.
+    #[error("the perturbation of tensor `{}` is not of low rank", shown(tensor))]
+    NotLowRank {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor of the base that an adapter replaces.
+    #[error(
+        "the adapter replaces tensor `{}` of its base, which a GGUF adapter cannot",
+        shown(tensor)
+    )]
+    SavedTensor {
+        /// The tensor.
+        tensor: String,
     },
     /// What the container cannot hold.
     #[error(transparent)]

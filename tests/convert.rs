@@ -131,7 +131,7 @@ fn a_file_computes_what_the_checkpoint_computes() {
         let stored = StoredModel::of(&gguf).unwrap();
         let config = stored.config(&gguf).unwrap();
         let tensors = stored.tensors(&gguf);
-        let decoder = Decoder::new(config, tensors, &TargetSelection::default()).unwrap();
+        let mut decoder = Decoder::new(config, tensors, &TargetSelection::default()).unwrap();
         let rows = common::rows(&oracle(case).join("rows.json"));
         let values = decoder.target_values().unwrap();
         let found = decoder.loss(&values, &Pack::of(&rows)).unwrap().mean();

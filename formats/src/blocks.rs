@@ -24,19 +24,24 @@
 //!
 //! # Which bits
 //!
-//! Those of `ggml-quants.c` as compiled for x86-64: `f32` arithmetic in the order of its source, each operation rounded on its own. A
-//! compiler that fuses multiplications with additions (the default for AArch64 and Apple's) gives other last bits there, and then, in
-//! rare ties, other levels. Here no operation is fused, and the same bits come out on every processor. `quantize` is what llama.cpp's
-//! `ggml_quantize_chunk` does without an importance matrix, and for Q4_0 to Q8_0 also what gguf-py, and so `convert_hf_to_gguf.py`,
-//! does: Q8_0 rounds halves away from zero in both.
+//! Those of `ggml-quants.c` as compilers for x86-64 make it: `f32` arithmetic in the order of its source, each operation rounded on
+//! its own. Here no operation is fused with another, so every processor gives these bits. A compiler of C may fuse them where the
+//! processor can (the default for AArch64): gcc, told to build for an x86-64 with fused operations, gave other bytes for 3 in 10
+//! blocks of random values in Q2_K and Q5_K, 1 in 16 in Q4_K, and none in Q8_0.
 //!
-//! Facts: llama.cpp, `ggml/src/ggml-quants.c` and `ggml-common.h`, of which `testdata/gen/blocks.py` runs a compiled copy.
+//! [`quantize`] does what llama.cpp's `ggml_quantize_chunk` does without an importance matrix. gguf-py, with which
+//! `convert_hf_to_gguf.py` writes Q8_0, gives the same bytes there, halves rounded away from zero included.
+//!
+//! Facts: llama.cpp, `ggml/src/ggml-quants.c` and `ggml-common.h`, a compiled copy of which wrote `testdata/blocks`.
 
 mod curves;
 mod k_quants;
 mod legacy;
 
+use std::marker::PhantomData;
+
 use half::f16;
+use pulp::{Simd, WithSimd};
 
 use crate::dtype::Dtype;
 
@@ -47,18 +52,18 @@ use crate::dtype::Dtype;
 /// [`Dtype::is_readable`]. Runs on the thread that calls it.
 pub fn dequantize(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     match dtype {
-        Dtype::Q4_0 => read(bytes, out, legacy::read_q4_0),
-        Dtype::Q4_1 => read(bytes, out, legacy::read_q4_1),
-        Dtype::Q5_0 => read(bytes, out, legacy::read_q5_0),
-        Dtype::Q5_1 => read(bytes, out, legacy::read_q5_1),
-        Dtype::Q8_0 => read(bytes, out, legacy::read_q8_0),
-        Dtype::Q2_K => read(bytes, out, k_quants::read_q2),
-        Dtype::Q3_K => read(bytes, out, k_quants::read_q3),
-        Dtype::Q4_K => read(bytes, out, k_quants::read_q4),
-        Dtype::Q5_K => read(bytes, out, k_quants::read_q5),
-        Dtype::Q6_K => read(bytes, out, k_quants::read_q6),
-        Dtype::IQ4_NL => read(bytes, out, curves::read_iq4_nl),
-        Dtype::MXFP4 => read(bytes, out, curves::read_mxfp4),
+        Dtype::Q4_0 => read::<legacy::Q4Zero, _, _>(bytes, out),
+        Dtype::Q4_1 => read::<legacy::Q4One, _, _>(bytes, out),
+        Dtype::Q5_0 => read::<legacy::Q5Zero, _, _>(bytes, out),
+        Dtype::Q5_1 => read::<legacy::Q5One, _, _>(bytes, out),
+        Dtype::Q8_0 => read::<legacy::Q8Zero, _, _>(bytes, out),
+        Dtype::Q2_K => read::<k_quants::Q2K, _, _>(bytes, out),
+        Dtype::Q3_K => read::<k_quants::Q3K, _, _>(bytes, out),
+        Dtype::Q4_K => read::<k_quants::Q4K, _, _>(bytes, out),
+        Dtype::Q5_K => read::<k_quants::Q5K, _, _>(bytes, out),
+        Dtype::Q6_K => read::<k_quants::Q6K, _, _>(bytes, out),
+        Dtype::IQ4_NL => read::<curves::Iq4Nl, _, _>(bytes, out),
+        Dtype::MXFP4 => read::<curves::Mxfp4, _, _>(bytes, out),
         _ => {}
     }
 }
@@ -71,44 +76,90 @@ pub fn dequantize(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
 /// left as it is. Does nothing for types of which [`Dtype::is_quantized`] is not true. Runs on the thread that calls it.
 pub fn quantize(dtype: Dtype, values: &[f32], out: &mut [u8]) {
     match dtype {
-        Dtype::Q4_0 => write(values, out, legacy::write_q4_0),
-        Dtype::Q4_1 => write(values, out, legacy::write_q4_1),
-        Dtype::Q5_0 => write(values, out, legacy::write_q5_0),
-        Dtype::Q5_1 => write(values, out, legacy::write_q5_1),
-        Dtype::Q8_0 => write(values, out, legacy::write_q8_0),
-        Dtype::Q2_K => k_quants::write_q2(values, out),
-        Dtype::Q3_K => k_quants::write_q3(values, out),
-        Dtype::Q4_K => k_quants::write_q4(values, out),
-        Dtype::Q5_K => k_quants::write_q5(values, out),
-        Dtype::Q6_K => k_quants::write_q6(values, out),
+        Dtype::Q4_0 => write::<legacy::Q4Zero, _, _>(values, out),
+        Dtype::Q4_1 => write::<legacy::Q4One, _, _>(values, out),
+        Dtype::Q5_0 => write::<legacy::Q5Zero, _, _>(values, out),
+        Dtype::Q5_1 => write::<legacy::Q5One, _, _>(values, out),
+        Dtype::Q8_0 => write::<legacy::Q8Zero, _, _>(values, out),
+        Dtype::Q2_K => k_quants::write::<k_quants::Q2K, _>(values, out),
+        Dtype::Q3_K => k_quants::write::<k_quants::Q3K, _>(values, out),
+        Dtype::Q4_K => k_quants::write::<k_quants::Q4K, _>(values, out),
+        Dtype::Q5_K => k_quants::write::<k_quants::Q5K, _>(values, out),
+        Dtype::Q6_K => k_quants::write::<k_quants::Q6K, _>(values, out),
         _ => {}
     }
 }
 
+/// A type whose blocks of `BYTES` bytes are read as `ELEMENTS` values.
+trait ReadBlock<const BYTES: usize, const ELEMENTS: usize> {
+    /// Called once for each block: `inline(always)`, so that it is compiled for the caller's instruction set.
+    fn read(block: &[u8; BYTES], out: &mut [f32; ELEMENTS]);
+}
+
+/// A type whose blocks are written one by one.
+trait WriteBlock<const BYTES: usize, const ELEMENTS: usize> {
+    /// As [`ReadBlock::read`].
+    fn write(values: &[f32; ELEMENTS], block: &mut [u8; BYTES]);
+}
+
 /// Reads block after block, compiled for the best instruction set of the processor.
-fn read<const BYTES: usize, const ELEMENTS: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    block: impl Fn(&[u8; BYTES], &mut [f32; ELEMENTS]),
-) {
-    pulp::Arch::new().dispatch(|| {
-        for (bytes, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
-            block(bytes, out);
+fn read<T, const BYTES: usize, const ELEMENTS: usize>(bytes: &[u8], out: &mut [f32])
+where
+    T: ReadBlock<BYTES, ELEMENTS>,
+{
+    let (bytes, out) = (bytes.as_chunks().0, out.as_chunks_mut().0);
+    let of = PhantomData::<T>;
+    pulp::Arch::new().dispatch(Read { of, bytes, out });
+}
+
+struct Read<'a, T, const BYTES: usize, const ELEMENTS: usize> {
+    of: PhantomData<T>,
+    bytes: &'a [[u8; BYTES]],
+    out: &'a mut [[f32; ELEMENTS]],
+}
+
+impl<T, const BYTES: usize, const ELEMENTS: usize> WithSimd for Read<'_, T, BYTES, ELEMENTS>
+where
+    T: ReadBlock<BYTES, ELEMENTS>,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (bytes, out) in self.bytes.iter().zip(self.out) {
+            T::read(bytes, out);
         }
-    });
+    }
 }
 
 /// Writes block after block, compiled for the best instruction set of the processor.
-fn write<const ELEMENTS: usize, const BYTES: usize>(
-    values: &[f32],
-    out: &mut [u8],
-    block: impl Fn(&[f32; ELEMENTS], &mut [u8; BYTES]),
-) {
-    pulp::Arch::new().dispatch(|| {
-        for (values, out) in values.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
-            block(values, out);
+fn write<T, const BYTES: usize, const ELEMENTS: usize>(values: &[f32], out: &mut [u8])
+where
+    T: WriteBlock<BYTES, ELEMENTS>,
+{
+    let (values, out) = (values.as_chunks().0, out.as_chunks_mut().0);
+    let of = PhantomData::<T>;
+    pulp::Arch::new().dispatch(Write { of, values, out });
+}
+
+struct Write<'a, T, const BYTES: usize, const ELEMENTS: usize> {
+    of: PhantomData<T>,
+    values: &'a [[f32; ELEMENTS]],
+    out: &'a mut [[u8; BYTES]],
+}
+
+impl<T, const BYTES: usize, const ELEMENTS: usize> WithSimd for Write<'_, T, BYTES, ELEMENTS>
+where
+    T: WriteBlock<BYTES, ELEMENTS>,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (values, out) in self.values.iter().zip(self.out) {
+            T::write(values, out);
         }
-    });
+    }
 }
 
 /// The `f16` that starts at byte `at` of a block.

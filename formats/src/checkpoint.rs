@@ -5,6 +5,7 @@
 //! from the index and never from a directory listing, so that a stale shard beside them is not read.
 
 mod index;
+mod parts;
 mod side_files;
 
 use std::collections::HashMap;
@@ -14,13 +15,14 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::error::{FormatError, Problems};
-use crate::gguf;
+use crate::error::{FormatError, Problems, shown};
+use crate::gguf::{self, Split};
 use crate::json::JsonError;
 use crate::tensor::TensorView;
 use crate::weights_file::WeightsFile;
 
 pub use index::{IndexProblem, MAX_INDEX_BYTES};
+pub use parts::PartProblem;
 pub use side_files::{LeftOut, MAX_DEPTH, SideFile, SideFiles};
 
 use index::Index;
@@ -63,7 +65,7 @@ pub enum Layout {
     LoneFile,
     /// A directory with `model.safetensors.index.json` and the shards that it names.
     Sharded,
-    /// The parts of one GGUF file, opened at the first.
+    /// The parts of one GGUF file, opened at the first. Its copy is a directory with all of them.
     SplitGguf,
 }
 
@@ -89,13 +91,14 @@ pub struct Shard {
 }
 
 impl Checkpoint {
-    /// Opens the directory or the lone file at `path`, and checks every header and the index.
+    /// Opens the directory or the lone file at `path`, and checks every header and the index. Of a GGUF file in parts, `path` is
+    /// the first.
     ///
     /// A directory with both `model.safetensors` and an index is read as the former, as transformers does. One with a whole
     /// model and an adapter is refused, since loaders differ in which of them it is.
     ///
     /// # Errors
-    /// When a file is missing or unsound, or the index and the shards disagree; all disagreements are listed.
+    /// When a file is missing or unsound, or the index and the shards, or the parts, disagree; all disagreements are listed.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let metadata = std::fs::metadata(path).map_err(|error| FormatError::new(path, error))?;
         if !metadata.is_dir() {
@@ -161,10 +164,18 @@ impl Checkpoint {
             .and_then(OsStr::to_str)
             .ok_or_else(|| FormatError::new(path, io::Error::from(io::ErrorKind::InvalidFilename)))?
             .to_owned();
-        let file = WeightsFile::open(path)?;
-        let layout = match &file {
-            WeightsFile::Gguf(_) => Layout::Gguf,
-            WeightsFile::Safetensors(_) => Layout::LoneFile,
+        let (layout, file) = match WeightsFile::open(path)? {
+            WeightsFile::Gguf(file) => {
+                let split = Split::of(file.metadata());
+                match split.map_err(|error| FormatError::new(path, error))? {
+                    Some(split) => {
+                        let parts = parts::open(path, &name, file, split)?;
+                        return Ok(Self::of(path, Layout::SplitGguf, parts));
+                    }
+                    None => (Layout::Gguf, WeightsFile::Gguf(file)),
+                }
+            }
+            file @ WeightsFile::Safetensors(_) => (Layout::LoneFile, file),
         };
         Ok(Self::of(path, layout, vec![Shard { name, file }]))
     }
@@ -281,7 +292,7 @@ impl Checkpoint {
         }
     }
 
-    /// Gives the pages of all weights back to the system, as [`SafetensorsFile::release`] does.
+    /// Gives the pages of all weights back to the system, as [`WeightsFile::release`] does.
     pub fn release(&self) {
         for shard in &self.shards {
             shard.file.release();
@@ -340,7 +351,7 @@ pub enum CheckpointError {
     },
     /// One of the two files of a PEFT directory.
     #[error("it is a PEFT directory without `{absent}`{}", match instead {
-        Some(name) => format!("; `{}` is not read", crate::error::shown(name)),
+        Some(name) => format!("; `{}` is not read", shown(name)),
         None => String::new(),
     })]
     HalfAdapter {
@@ -361,9 +372,18 @@ pub enum CheckpointError {
         /// Its length.
         found: u64,
     },
+    /// A part of a GGUF file that is not the first.
+    #[error(
+        "it is a later part of a GGUF file, which is opened at its first, `{}`",
+        shown(first)
+    )]
+    LaterPart {
+        /// The file name of the first.
+        first: String,
+    },
     /// A directory without weights.
     #[error("it holds neither `{WEIGHTS_FILE}` nor `{INDEX_FILE}`{}", match instead {
-        Some(name) => format!("; `{}` is not read", crate::error::shown(name)),
+        Some(name) => format!("; `{}` is not read", shown(name)),
         None => String::new(),
     })]
     NoWeights {
@@ -379,13 +399,30 @@ pub enum CheckpointError {
         /// The extension.
         extension: String,
     },
+    /// A part of a GGUF file under a name that does not lead to the others.
+    #[error("it says that it is part {part} of a GGUF file, and is not called `{wanted}`")]
+    PartName {
+        /// Its number, from 1.
+        part: u32,
+        /// What such parts are called.
+        wanted: String,
+    },
     /// Index and shards disagree.
     #[error("{0}")]
     Index(Problems<IndexProblem>),
+    /// The parts of a GGUF file disagree.
+    #[error("{0}")]
+    Parts(Problems<PartProblem>),
 }
 
 impl From<Problems<IndexProblem>> for CheckpointError {
     fn from(problems: Problems<IndexProblem>) -> Self {
         Self::Index(problems)
+    }
+}
+
+impl From<Problems<PartProblem>> for CheckpointError {
+    fn from(problems: Problems<PartProblem>) -> Self {
+        Self::Parts(problems)
     }
 }

@@ -32,6 +32,7 @@ mod cursor;
 mod decode;
 mod error;
 mod header;
+mod split;
 mod value;
 mod writer;
 
@@ -46,6 +47,7 @@ use crate::tensor::TensorView;
 pub use decode::MAX_ARRAY_DEPTH;
 pub use error::{GgufError, Place};
 pub use header::{ALIGNMENT, DEFAULT_ALIGNMENT, MAX_TENSOR_DIMENSIONS, MAX_TENSOR_NAME};
+pub use split::{SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS, Split};
 pub use value::{Array, Metadata, Value};
 pub use writer::{GgufLayout, GgufWriteError, TensorInfo};
 

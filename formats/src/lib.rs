@@ -54,8 +54,8 @@ pub use atomic::{
 pub use blocks::{dequantize, quantize};
 pub use checkpoint::{
     ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, Checkpoint, CheckpointError, INDEX_FILE,
-    IndexProblem, Layout, LeftOut, MAX_DEPTH, MAX_INDEX_BYTES, Shard, SideFile, SideFiles,
-    WEIGHTS_FILE,
+    IndexProblem, Layout, LeftOut, MAX_DEPTH, MAX_INDEX_BYTES, PartProblem, Shard, SideFile,
+    SideFiles, WEIGHTS_FILE,
 };
 pub use copy::{
     CHUNK_BYTES, Destination, Observer, Patch, WriteError, WrittenCheckpoint, copied_bytes,

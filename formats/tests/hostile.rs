@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use panacea_formats::gguf::GgufFile;
 use panacea_formats::{Checkpoint, FormatError, INDEX_FILE, Perturbation, SafetensorsFile};
 
 #[test]
@@ -32,6 +33,11 @@ fn perturbations_are_refused_for_the_reason_they_state() {
     run("perturbation", |bytes| {
         Perturbation::from_bytes(Path::new("perturbation"), bytes).map(drop)
     });
+}
+
+#[test]
+fn gguf_files_are_refused_for_the_reason_they_state() {
+    run("gguf", |bytes| gguf(bytes).map(drop));
 }
 
 #[test]
@@ -80,6 +86,9 @@ fn messages_are_short_and_steer_no_terminal() {
             &case.path,
         );
     }
+    for case in cases("gguf") {
+        check(gguf(case.bytes).map(drop), &case.path);
+    }
     let long = format!("{{\"{}\\u001b[2J\":1}}", "x".repeat(100_000));
     let bytes = [&(long.len() as u64).to_le_bytes(), long.as_bytes()].concat();
     check(safetensors(bytes).map(drop), Path::new("long name"));
@@ -115,6 +124,42 @@ fn mutated_files_never_cause_a_panic() {
     assert!(
         (6000..11_990).contains(&refused),
         "{refused} of 12000 refused"
+    );
+}
+
+#[test]
+fn mutated_gguf_files_never_cause_a_panic() {
+    let seeds: Vec<Vec<u8>> = cases("gguf")
+        .into_iter()
+        .map(|case| case.bytes)
+        .filter(|bytes| bytes.len() < 2000)
+        .collect();
+    let mut random = Random(0x9E37_79B9_7F4A_7C15);
+    let mut refused = 0;
+    for round in 0..20_000 {
+        let mut bytes = seeds[round % seeds.len()].clone();
+        for _ in 0..=random.below(3) {
+            mutate(&mut bytes, &seeds, &mut random);
+        }
+        let Ok(file) = gguf(bytes) else {
+            refused += 1;
+            continue;
+        };
+        // What was accepted can be walked, and each byte of data is of one tensor or of the padding behind it.
+        let mut end = file.header_bytes().len();
+        for tensor in file.tensors() {
+            let gap = tensor.offset - end;
+            assert!(gap < usize::try_from(file.alignment()).unwrap());
+            end = tensor.offset + tensor.bytes.len();
+            let found = file.tensor(tensor.name).unwrap();
+            assert_eq!((found.offset, found.bytes), (tensor.offset, tensor.bytes));
+        }
+        assert!(end <= file.length());
+    }
+    // Both outcomes must occur, or the mutations test one side only.
+    assert!(
+        (10_000..19_900).contains(&refused),
+        "{refused} of 20000 refused"
     );
 }
 
@@ -190,6 +235,10 @@ fn variant(error: &FormatError) -> String {
 
 fn safetensors(bytes: Vec<u8>) -> Result<SafetensorsFile, FormatError> {
     SafetensorsFile::from_bytes(Path::new("hostile"), bytes)
+}
+
+fn gguf(bytes: Vec<u8>) -> Result<GgufFile, FormatError> {
+    GgufFile::from_bytes(Path::new("hostile"), bytes)
 }
 
 /// A sound file in which each of `names` is four bytes.

@@ -33,11 +33,11 @@ pub(super) fn run(args: &ApplyArgs, reporter: &Reporter) -> Result<(), Failure> 
         computes: false,
     };
     let model = Model::open(&args.model, usage, reporter)?;
-    settings::check_addition(&args.addition, &model)?;
+    settings::check_addition(&args.addition, &args.gguf, &model)?;
     let output = Output::plan(
         &model,
         args.output.as_deref(),
-        &args.writing,
+        (&args.writing, &args.addition, &args.gguf),
         &[&args.perturbation],
     )?;
     from_file(

@@ -103,6 +103,8 @@ pub(crate) struct PatchArgs {
     #[command(flatten)]
     pub(crate) addition: AdditionArgs,
     #[command(flatten)]
+    pub(crate) gguf: GgufArgs,
+    #[command(flatten)]
     pub(crate) writing: WritingArgs,
     #[command(flatten)]
     pub(crate) data: DataArgs,
@@ -181,6 +183,8 @@ pub(crate) struct ApplyArgs {
     #[command(flatten)]
     pub(crate) addition: AdditionArgs,
     #[command(flatten)]
+    pub(crate) gguf: GgufArgs,
+    #[command(flatten)]
     pub(crate) writing: WritingArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
@@ -192,9 +196,13 @@ pub(crate) struct ApplyArgs {
 /// `llama-quantize`, from the `f32` file, for the others. A directory has every tensor as it is computed with, rounded to the nearest.
 #[derive(Args, Debug)]
 pub(crate) struct ConvertArgs {
-    /// A Hugging Face directory, one `.safetensors` file with its config and tokenizer beside it, or a `.gguf` file.
+    /// A Hugging Face directory, one `.safetensors` file with its config and tokenizer beside it, or a `.gguf` file; a PEFT directory or a
+    /// perturbation of low rank becomes a GGUF adapter.
     #[arg(value_name = "SOURCE")]
     pub(crate) source: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) base: BaseArgs,
 
     /// Where to write [default: `<source>-<type>.gguf` or `<source>-hf` beside it].
     #[arg(short, long, value_name = "PATH", help_heading = OUTPUT)]
@@ -312,7 +320,7 @@ pub(crate) struct SignArgs {
 /// What a LoRA adapter is for.
 #[derive(Args, Debug, Default)]
 pub(crate) struct BaseArgs {
-    /// The model that a LoRA adapter is for.
+    /// The model that a LoRA adapter, or a perturbation that becomes one, is for.
     ///
     /// Default: what its config names, as a path from here or from the adapter's directory, or in the Hugging Face cache.
     /// Nothing is downloaded.
@@ -447,13 +455,38 @@ pub(crate) struct AdditionArgs {
     #[arg(long, value_name = "HOW")]
     pub(crate) rounding: Option<RoundingName>,
 
-    /// Store patched tensors of a GGUF file in this type, such as `q8_0` or `f16`, where their own has fewer bits.
+    /// Store patched tensors of a GGUF file in this type, such as `q8_0` or `f16`, where the file's has fewer bits.
     #[arg(long, value_name = "TYPE", value_parser = patchable_type)]
     pub(crate) patched_type: Option<Dtype>,
 
     /// Refuse to patch quantized tensors that keep less than this share of the perturbation [default: 0.5].
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub(crate) min_realized: Option<f64>,
+}
+
+/// A patched directory that becomes a GGUF file in the same run.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct GgufArgs {
+    /// Write the patched model as a GGUF file of this type, such as `q4_k_m`, instead of a directory; `convert` has the types.
+    ///
+    /// The bytes are those of `convert` over the patched directory, which is written beside the output and removed. Patched tensors get at
+    /// least `--patched-type`. Default output: `<dir>-panacea-<type>.gguf`.
+    #[arg(long, value_name = "TYPE", value_parser = explained::<FileType>)]
+    pub(crate) gguf: Option<FileType>,
+
+    /// What llama.cpp calls the way in which the tokenizer cuts text, for a tokenizer that it does not know, such as `llama-bpe`.
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "tokenizer_from",
+        requires = "gguf"
+    )]
+    pub(crate) pre: Option<String>,
+
+    /// Take the tokenizer from this GGUF file of the same base model.
+    #[arg(long, value_name = "BASE.gguf", requires = "gguf")]
+    pub(crate) tokenizer_from: Option<PathBuf>,
 }
 
 /// In which form a perturbation is written. Dense where nothing is asked for.

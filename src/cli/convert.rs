@@ -1,5 +1,7 @@
 //! `convert`: a Hugging Face checkpoint in and a GGUF file out, or the other way round.
 
+mod adapter;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -26,6 +28,7 @@ use serde_json::{Map, Value, json};
 use super::args::ConvertArgs;
 use super::error::{Exit, Failure};
 use super::find::required_side_file;
+use super::inspect::is_perturbation;
 use super::interrupt;
 use super::output::{MANIFEST_ROOM, files_json, named_path, object, with_suffix};
 use super::plan::Plan;
@@ -40,7 +43,19 @@ pub(super) fn run(args: &ConvertArgs, reporter: &Reporter) -> Result<(), Failure
         args.source.display(),
         checkpoint.tensors().count()
     ));
-    match checkpoint.layout().is_gguf() {
+    let layout = checkpoint.layout();
+    if layout == Layout::Adapter {
+        return adapter::of_peft(args, &checkpoint, reporter);
+    }
+    if layout == Layout::LoneFile && is_perturbation(&args.source)? {
+        return adapter::of_perturbation(args, &checkpoint, reporter);
+    }
+    if args.base.path.is_some() {
+        return Err(Failure::usage("`--base` has no effect here")
+            .because(format!("`{}` is a whole model", args.source.display()))
+            .hint("leave out `--base`"));
+    }
+    match layout.is_gguf() {
         true => to_directory(args, &checkpoint, reporter),
         false => to_gguf(args, &checkpoint, reporter),
     }
@@ -87,6 +102,8 @@ fn to_directory(
         conversion,
         target,
         is_directory: true,
+        role: Role::Checkpoint,
+        direction: "gguf-to-huggingface",
         kind: file_type.name(),
         side_files: Vec::new(),
         parameters: Map::new(),
@@ -99,60 +116,10 @@ fn to_gguf(
     checkpoint: &Checkpoint,
     reporter: &Reporter,
 ) -> Result<(), Failure> {
-    if checkpoint.layout() == Layout::Adapter {
-        return Err(Failure::new(
-            Exit::Refused,
-            format!("`{}` is a LoRA adapter", args.source.display()),
-        )
-        .because("only whole models are converted")
-        .hint(
-            "merge it into its base first: `panacea-patch apply` or the whole job, with --merge",
-        ));
-    }
-    let mut side_files = vec![required_side_file(checkpoint, "config.json")?];
-    let others = SIDE_FILES
-        .iter()
-        .filter_map(|name| checkpoint.side_file(name));
-    side_files.extend(others);
-    let config = read(&side_files[0])?;
-    let optional = |name: &str| {
-        checkpoint
-            .side_file(name)
-            .map(|path| read(&path))
-            .transpose()
-    };
-    let card = optional("README.md")?;
-    let generation = optional("generation_config.json")?;
-    let parsed =
-        GgufConfig::parse(&config).map_err(|error| Failure::of_config(&side_files[0], &error))?;
-    let base = args
-        .tokenizer_from
-        .as_deref()
-        .map(Checkpoint::open)
-        .transpose()?;
-    let from = match &base {
-        None => None,
-        Some(base) => Some(base.gguf_metadata().ok_or_else(|| {
-            Failure::new(
-                Exit::Refused,
-                format!("`{}` is no GGUF file", base.path().display()),
-            )
-            .hint("name a GGUF file of the same base model with --tokenizer-from")
-        })?),
-    };
-    let mut tokenizer = Metadata::default();
-    let options = TokenizerOptions {
-        architecture: parsed.architecture.name,
-        vocabulary: parsed.config.vocab_size,
-        pre: args.pre.as_deref(),
-        from,
-    };
-    let folder = TokenizerFolder::find(|name| checkpoint.side_file(name));
-    let tokenized = folder.and_then(|folder| to_metadata(&folder, &options, &mut tokenizer));
-    tokenized.map_err(|error| refused(&args.source, error.into()))?;
+    let mut manifests = Vec::new();
     let patched = args
         .patched_type
-        .map(|dtype| patched_type(dtype, checkpoint, &mut side_files))
+        .map(|dtype| patched_type(dtype, checkpoint, &mut manifests))
         .transpose()?;
     let file_type = args.file_type.unwrap_or_else(|| own_type(checkpoint));
     let named = named_path(checkpoint.path())?;
@@ -167,34 +134,17 @@ fn to_gguf(
         (None, false) => with_suffix(&stem, &suffix),
         (None, true) => with_suffix(&stem, suffix.trim_end_matches(".gguf")),
     };
-    let directory = name_of(&stem);
-    let json: Map<String, Value> = serde_json::from_str(&config).unwrap_or_default();
-    let texts = Texts {
-        config: &config,
-        origins: Origins {
-            directory: &directory,
-            name_or_path: json.get("_name_or_path").and_then(Value::as_str),
-            card: card.as_deref(),
-            generation: generation.as_deref(),
-        },
-        tokenizer: &tokenizer,
-    };
-    let name = match is_directory {
-        true => name_of(&target),
-        false => target
-            .file_stem()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-    };
-    let settings = GgufSettings {
+    let request = GgufRequest {
+        source: &args.source,
+        name: &name_of(&stem),
+        target: &target,
         file_type,
+        pre: args.pre.as_deref(),
+        tokenizer_from: args.tokenizer_from.as_deref(),
         patched: patched.as_ref(),
-        stem: &name,
         max_shard_bytes: args.max_shard_bytes.map(|size| size.bytes()),
     };
-    let conversion = Conversion::to_gguf(checkpoint, texts, settings)
-        .map_err(|error| refused(&args.source, error))?;
+    let (conversion, side_files) = request.plan(checkpoint)?;
     let mut parameters = Map::new();
     if let Some(pre) = &args.pre {
         parameters.insert("pre".to_owned(), json!(pre));
@@ -202,17 +152,116 @@ fn to_gguf(
     if let Some(dtype) = args.patched_type {
         parameters.insert("patched_type".to_owned(), json!(dtype.name()));
     }
+    let side_files = side_files.into_iter().chain(manifests);
     let job = Job {
         args,
         checkpoint,
         conversion,
-        target,
         is_directory,
+        role: Role::Checkpoint,
+        direction: "huggingface-to-gguf",
         kind: file_type.name(),
-        side_files,
+        side_files: side_files.map(|path| (Role::Checkpoint, path)).collect(),
         parameters,
+        target,
     };
     job.run(reporter)
+}
+
+/// What a GGUF file is to be made of a whole model.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GgufRequest<'a> {
+    /// What the user named.
+    pub(super) source: &'a Path,
+    /// What the model is called.
+    pub(super) name: &'a str,
+    /// The file, or the directory of its parts.
+    pub(super) target: &'a Path,
+    pub(super) file_type: FileType,
+    pub(super) pre: Option<&'a str>,
+    pub(super) tokenizer_from: Option<&'a Path>,
+    pub(super) patched: Option<&'a PatchedType>,
+    /// What a part may have; one file without.
+    pub(super) max_shard_bytes: Option<u64>,
+}
+
+impl GgufRequest<'_> {
+    /// Plans the file that `checkpoint` becomes, and tells which files beside its weights that took.
+    ///
+    /// # Errors
+    /// When one of them cannot be read, or they do not make a model that GGUF has a place for.
+    pub(super) fn plan<'c>(
+        &self,
+        checkpoint: &'c Checkpoint,
+    ) -> Result<(Conversion<'c>, Vec<PathBuf>), Failure> {
+        let mut side_files = vec![required_side_file(checkpoint, "config.json")?];
+        let others = SIDE_FILES
+            .iter()
+            .filter_map(|name| checkpoint.side_file(name));
+        side_files.extend(others);
+        let config = read(&side_files[0])?;
+        let optional = |name: &str| {
+            checkpoint
+                .side_file(name)
+                .map(|path| read(&path))
+                .transpose()
+        };
+        let card = optional("README.md")?;
+        let generation = optional("generation_config.json")?;
+        let parsed = GgufConfig::parse(&config)
+            .map_err(|error| Failure::of_config(&side_files[0], &error))?;
+        let tokenizer = self.tokenizer(checkpoint, &parsed)?;
+        let json: Map<String, Value> = serde_json::from_str(&config).unwrap_or_default();
+        let texts = Texts {
+            config: &config,
+            origins: Origins {
+                directory: self.name,
+                name_or_path: json.get("_name_or_path").and_then(Value::as_str),
+                card: card.as_deref(),
+                generation: generation.as_deref(),
+            },
+            tokenizer: &tokenizer,
+        };
+        let stem = match self.max_shard_bytes {
+            Some(_) => name_of(self.target),
+            None => name_of(&self.target.with_extension("")),
+        };
+        let settings = GgufSettings {
+            file_type: self.file_type,
+            patched: self.patched,
+            stem: &stem,
+            max_shard_bytes: self.max_shard_bytes,
+        };
+        let conversion = Conversion::to_gguf(checkpoint, texts, settings)
+            .map_err(|error| refused(self.source, error))?;
+        Ok((conversion, side_files))
+    }
+
+    /// The keys of the tokenizer.
+    fn tokenizer(&self, checkpoint: &Checkpoint, config: &GgufConfig) -> Result<Metadata, Failure> {
+        let base = self.tokenizer_from.map(Checkpoint::open).transpose()?;
+        let from = match &base {
+            None => None,
+            Some(base) => Some(base.gguf_metadata().ok_or_else(|| {
+                Failure::new(
+                    Exit::Refused,
+                    format!("`{}` is no GGUF file", base.path().display()),
+                )
+                .hint("name a GGUF file of the same base model with --tokenizer-from")
+            })?),
+        };
+        let mut tokenizer = Metadata::default();
+        let options = TokenizerOptions {
+            architecture: config.architecture.name,
+            vocabulary: config.config.vocab_size,
+            pre: self.pre,
+            from,
+        };
+        let folder = TokenizerFolder::find(|name| checkpoint.side_file(name));
+        let tokenized = folder.and_then(|folder| to_metadata(&folder, &options, &mut tokenizer));
+        tokenized.map_err(|error| refused(self.source, error.into()))?;
+        Ok(tokenizer)
+    }
 }
 
 /// Files of a directory that a GGUF file is made from, where they are there.
@@ -231,6 +280,10 @@ const SIDE_FILES: &[&str] = &[
 struct Job<'a, 'c> {
     args: &'a ConvertArgs,
     checkpoint: &'c Checkpoint,
+    /// What a manifest calls the source.
+    role: Role,
+    /// What is made of what, in a manifest.
+    direction: &'static str,
     conversion: Conversion<'c>,
     target: PathBuf,
     /// Whether there will be several files, in a directory at `target`.
@@ -238,7 +291,7 @@ struct Job<'a, 'c> {
     /// The type's name.
     kind: &'static str,
     /// What is read besides weights.
-    side_files: Vec<PathBuf>,
+    side_files: Vec<(Role, PathBuf)>,
     parameters: Map<String, Value>,
 }
 
@@ -253,7 +306,9 @@ impl Job<'_, '_> {
                 self.conversion.left_out
             ));
         }
-        self.side_files.extend(self.args.tokenizer_from.clone());
+        let tokenizer = self.args.tokenizer_from.iter();
+        self.side_files
+            .extend(tokenizer.map(|path| (Role::Tokenizer, path.clone())));
         let seal = Seal::read(self.args.writing.sign_key.as_deref())?;
         let inputs = self.inputs();
         let inputs: Vec<&Path> = inputs.iter().map(PathBuf::as_path).collect();
@@ -299,7 +354,7 @@ impl Job<'_, '_> {
     /// What the output may not be, nor lie in.
     fn inputs(&self) -> Vec<PathBuf> {
         let mut inputs = vec![self.checkpoint.path().to_owned()];
-        inputs.extend(self.side_files.iter().cloned());
+        inputs.extend(self.side_files.iter().map(|(_, path)| path.clone()));
         inputs.extend(self.args.writing.sign_key.clone());
         inputs
     }
@@ -380,23 +435,19 @@ impl Job<'_, '_> {
         };
         let shards = self.checkpoint.files().par_iter();
         let mut all: Vec<Dependency> = shards
-            .map(|shard| dependency(Role::Checkpoint, shard.name.clone(), shard.file.digest()))
+            .map(|shard| dependency(self.role.clone(), shard.name.clone(), shard.file.digest()))
             .collect();
-        for path in &self.side_files {
-            let role = match Some(path) == self.args.tokenizer_from.as_ref() {
-                true => Role::Tokenizer,
-                false => Role::Checkpoint,
-            };
+        for (role, path) in &self.side_files {
             let digest = Sha256::of_file(path)
                 .map_err(|error| Failure::from(FormatError::new(path, error)))?;
-            all.push(dependency(role, name_of(path), digest));
+            all.push(dependency(role.clone(), name_of(path), digest));
         }
         Ok(all)
     }
 
     fn provenance(&self, dependencies: Vec<Dependency>, seal: &Seal) -> Provenance {
         let mut parameters = self.parameters.clone();
-        parameters.insert("conversion".to_owned(), json!(self.direction()));
+        parameters.insert("conversion".to_owned(), json!(self.direction));
         parameters.insert("type".to_owned(), json!(self.kind));
         if let Some(size) = self.args.max_shard_bytes {
             parameters.insert("max_shard_bytes".to_owned(), json!(size.bytes()));
@@ -410,13 +461,6 @@ impl Job<'_, '_> {
         }
     }
 
-    fn direction(&self) -> &'static str {
-        match self.checkpoint.layout().is_gguf() {
-            true => "gguf-to-huggingface",
-            false => "huggingface-to-gguf",
-        }
-    }
-
     fn plan(&self, seal: &Seal) -> Plan {
         let mut reads: Vec<(String, u64)> = self
             .checkpoint
@@ -424,7 +468,7 @@ impl Job<'_, '_> {
             .iter()
             .map(|shard| (shard.name.clone(), shard.file.length() as u64))
             .collect();
-        for path in &self.side_files {
+        for (_, path) in &self.side_files {
             let length = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
             reads.push((name_of(path), length));
         }
@@ -496,7 +540,7 @@ impl Job<'_, '_> {
         let report = Report {
             output: Some(self.target.display().to_string()),
             found: Some(json!({
-                "conversion": self.direction(),
+                "conversion": self.direction,
                 "type": self.kind,
                 "tensors": counts,
                 "losses": self.conversion.losses,
@@ -554,7 +598,7 @@ fn patched_type(
 }
 
 /// Why `source` is not converted, and what to do.
-fn refused(source: &Path, error: ConvertError) -> Failure {
+pub(super) fn refused(source: &Path, error: ConvertError) -> Failure {
     let hint = match &error {
         ConvertError::Interrupted => return Failure::interrupted(),
         ConvertError::Output(_) | ConvertError::Source(_) => None,

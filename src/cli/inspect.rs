@@ -67,7 +67,11 @@ enum Kind {
     Signature,
 }
 
-fn is_perturbation(path: &Path) -> Result<bool, Failure> {
+/// Whether the safetensors file at `path` is a perturbation.
+///
+/// # Errors
+/// When it cannot be read.
+pub(super) fn is_perturbation(path: &Path) -> Result<bool, Failure> {
     let file = SafetensorsFile::open(path)?;
     Ok(file.metadata().iter().any(|(key, _)| key == "panacea"))
 }

@@ -7,14 +7,17 @@
 use std::path::{Path, PathBuf};
 
 use panacea_formats::{
-    Checkpoint, Committed, Destination, Layout, OutputDir, OutputFile, Overwrite, Sha256,
-    SideFiles, WrittenFile, copied_bytes, shown,
+    Checkpoint, Committed, Destination, Dtype, FormatError, Layout, OutputDir, OutputFile,
+    Overwrite, Sha256, SideFiles, WrittenFile, copied_bytes, shown,
 };
 use panacea_patch::apply::{Applied, ApplySettings, RealizedChange, Wanted};
+use panacea_patch::convert::PatchedType;
+use panacea_patch::convert::types::FileType;
 use panacea_patch::manifest::{Byproduct, Dependency, FileName, Provenance, Role, Timestamp};
 use serde_json::{Map, Value, json};
 
-use super::args::WritingArgs;
+use super::args::{AdditionArgs, GgufArgs, WritingArgs};
+use super::convert::{GgufRequest, refused};
 use super::error::{Exit, Failure};
 use super::model::Model;
 use super::report::{CopyWatch, Reporter, Table, bytes, number, percent};
@@ -28,6 +31,8 @@ pub(super) struct Output {
     /// What it is made from: it may be none of these.
     inputs: Vec<PathBuf>,
     seal: Seal,
+    /// What the patched directory is to become, if it is not to stay one.
+    gguf: Option<GgufOutput>,
 }
 
 /// A patched checkpoint on the disk.
@@ -52,6 +57,15 @@ pub(super) struct Origin {
     pub(super) byproducts: Vec<Byproduct>,
 }
 
+/// A GGUF file that a patched directory becomes.
+#[derive(Debug)]
+struct GgufOutput {
+    file_type: FileType,
+    pre: Option<String>,
+    tokenizer_from: Option<PathBuf>,
+    patched_type: Option<Dtype>,
+}
+
 impl Output {
     /// Looks at where the patched `model` would go, before any work is done for it. Writes nothing.
     ///
@@ -60,12 +74,25 @@ impl Output {
     pub(super) fn plan(
         model: &Model,
         given: Option<&Path>,
-        args: &WritingArgs,
+        (args, addition, gguf): (&WritingArgs, &AdditionArgs, &GgufArgs),
         other_inputs: &[&Path],
     ) -> Result<Self, Failure> {
-        let target = match given {
-            Some(path) => path.to_owned(),
-            None => default_target(model)?,
+        let gguf = gguf.gguf.map(|file_type| GgufOutput {
+            file_type,
+            pre: gguf.pre.clone(),
+            tokenizer_from: gguf.tokenizer_from.clone(),
+            patched_type: addition.patched_type,
+        });
+        if gguf.is_some() {
+            refuse_other_than_directory(model)?;
+        }
+        let target = match (given, &gguf) {
+            (Some(path), _) => path.to_owned(),
+            (None, None) => default_target(model)?,
+            (None, Some(gguf)) => with_suffix(
+                &default_target(model)?,
+                &format!("-{}.gguf", gguf.file_type),
+            ),
         };
         let overwrite = match args.force {
             true => Overwrite::Replace,
@@ -77,22 +104,24 @@ impl Output {
         let others = other_inputs.iter().filter(|path| path.exists());
         inputs.extend(others.map(|path| (*path).to_owned()));
         inputs.extend(args.sign_key.clone());
+        inputs.extend(gguf.iter().filter_map(|gguf| gguf.tokenizer_from.clone()));
         let output = Self {
             target,
             overwrite,
             inputs,
             seal: Seal::read(args.sign_key.as_deref())?,
+            gguf,
         };
         let needed = copied_bytes(checkpoint)?.saturating_add(MANIFEST_ROOM);
         let inputs = output.inputs();
-        match checkpoint.layout() {
-            layout if layout.is_one_file() => {
+        match output.is_one_file(checkpoint) {
+            true => {
                 OutputFile::check(&output.target, overwrite, &inputs, needed)?;
                 for path in output.seal.paths_beside(&output.target) {
                     OutputFile::check(&path, overwrite, &inputs, 0)?;
                 }
             }
-            _ => OutputDir::check(&output.target, overwrite, &inputs, needed)?,
+            false => OutputDir::check(&output.target, overwrite, &inputs, needed)?,
         }
         for name in file_names(checkpoint)? {
             name.parse::<FileName>()?;
@@ -102,6 +131,11 @@ impl Output {
 
     pub(super) fn target(&self) -> &Path {
         &self.target
+    }
+
+    /// Whether the copy of `checkpoint` will be one file.
+    pub(super) fn is_one_file(&self, checkpoint: &Checkpoint) -> bool {
+        self.gguf.is_some() || checkpoint.layout().is_one_file()
     }
 
     /// Whether it will be signed.
@@ -128,11 +162,11 @@ impl Output {
             bytes(total)
         ));
         let watch = CopyWatch::new(reporter, total);
-        let written = match model.copied().layout() {
-            layout if layout.is_one_file() => {
-                self.write_file(model, wanted, settings, origin, &watch)
-            }
-            _ => self.write_directory(model, wanted, settings, origin, &watch),
+        let one_file = self.is_one_file(model.copied());
+        let written = match &self.gguf {
+            Some(_) => self.write_gguf(model, wanted, settings, origin, &watch),
+            None if one_file => self.write_file(model, wanted, settings, origin, &watch),
+            None => self.write_directory(model, wanted, settings, origin, &watch),
         };
         watch.finish();
         let (written, side_files, committed) = written?;
@@ -201,6 +235,79 @@ impl Output {
             target: self.target,
         };
         Ok((written, applied.side_files, committed))
+    }
+
+    /// Writes the patched directory beside the target, and the target from it. The directory is removed again.
+    fn write_gguf(
+        self,
+        model: &Model,
+        wanted: &Wanted<'_>,
+        settings: ApplySettings,
+        origin: impl FnOnce() -> Origin,
+        watch: &CopyWatch,
+    ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
+        let Some(gguf) = &self.gguf else {
+            return self.write_directory(model, wanted, settings, origin, watch);
+        };
+        let inputs = self.inputs();
+        let mut output = OutputFile::create(&self.target, self.overwrite, &inputs)?;
+        let beside = with_suffix(&self.target, ".patched");
+        // Never committed, so that it goes away with its owner.
+        let mut directory = OutputDir::create(&beside, Overwrite::Never, &inputs)?;
+        directory.require_space(copied_bytes(model.copied())?.saturating_mul(2))?;
+        let settings = ApplySettings {
+            patched_type: None,
+            ..settings
+        };
+        let destination = Destination::Directory(&mut directory);
+        let applied = model.add(wanted, settings, destination, watch)?;
+        let patched_type = gguf
+            .patched_type
+            .map(|dtype| PatchedType::of_names(dtype, wanted.names().map(str::to_owned)));
+        let request = GgufRequest {
+            source: model.copied().path(),
+            name: &name_of(&named_path(model.copied().path())?),
+            target: &self.target,
+            file_type: gguf.file_type,
+            pre: gguf.pre.as_deref(),
+            tokenizer_from: gguf.tokenizer_from.as_deref(),
+            patched: patched_type.as_ref(),
+            max_shard_bytes: None,
+        };
+        let patched = Checkpoint::open(directory.partial_path())?;
+        let (conversion, _) = request.plan(&patched)?;
+        conversion
+            .write(0, watch, |bytes| output.write_all(bytes))
+            .map_err(|error| refused(request.source, error))?;
+        let mut files = vec![output.finish()?];
+        let mut origin = origin();
+        let parameters = &mut origin.parameters;
+        parameters.insert("gguf".to_owned(), json!(gguf.file_type.name()));
+        if let Some(pre) = &gguf.pre {
+            parameters.insert("pre".to_owned(), json!(pre));
+        }
+        if let Some(path) = &gguf.tokenizer_from {
+            origin.dependencies.push(Dependency {
+                role: Role::Tokenizer,
+                name: name_of(path),
+                uri: None,
+                digest: Sha256::of_file(path)
+                    .map_err(|error| Failure::from(FormatError::new(path, error)))?,
+            });
+        }
+        let role = model.copied_role();
+        let provenance = origin.provenance(&applied, &role, self.seal.finished_on())?;
+        let place = (self.target.as_path(), self.overwrite, inputs.as_slice());
+        let committed = self
+            .seal
+            .commit_with(output, place, &mut files, provenance)?;
+        let written = Written {
+            files,
+            realized: applied.realized,
+            signed_with: self.seal.signed_with(),
+            target: self.target,
+        };
+        Ok((written, SideFiles::default(), committed))
     }
 
     fn inputs(&self) -> Vec<&Path> {
@@ -374,6 +481,28 @@ fn copied_dependencies(
             })
         })
         .collect()
+}
+
+/// Only a directory has all that a GGUF file is made of.
+fn refuse_other_than_directory(model: &Model) -> Result<(), Failure> {
+    match model.copied().layout() {
+        Layout::Directory | Layout::Sharded => Ok(()),
+        layout => {
+            let path = model.copied().path().display();
+            let failure = Failure::usage("`--gguf` has no effect here");
+            Err(match layout {
+                Layout::Gguf | Layout::SplitGguf => failure
+                    .because(format!("`{path}` is a GGUF file already"))
+                    .hint("leave out `--gguf`"),
+                Layout::Adapter => failure
+                    .because(format!("`{path}` is a LoRA adapter"))
+                    .hint("pass `--merge`, or convert the patched adapter with `panacea-patch convert`"),
+                _ => failure
+                    .because(format!("`{path}` is one file"))
+                    .hint("give the directory that it is in, or convert the patched file with `panacea-patch convert`"),
+            })
+        }
+    }
 }
 
 /// `<dir>-panacea` or `<stem>.panacea.<extension>` beside the checkpoint; for a merged file, `<dir>-panacea.safetensors`.

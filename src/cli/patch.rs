@@ -27,19 +27,29 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         settings::refuse_search_flags(args)?;
         interrupt::listen()?;
         let model = Model::open(path, of_base(args, false), reporter)?;
-        settings::check_addition(&args.addition, &model)?;
-        let output = Output::plan(&model, args.output.as_deref(), &args.writing, &[file])?;
+        settings::check_addition(&args.addition, &args.gguf, &model)?;
+        let output = Output::plan(
+            &model,
+            args.output.as_deref(),
+            (&args.writing, &args.addition, &args.gguf),
+            &[file],
+        )?;
         let dry_run = args.writing.dry_run;
         return apply::from_file(COMMAND, &model, file, addition, output, dry_run, reporter);
     }
     let search = Search::resolve(&args.method, &args.data)?;
     interrupt::listen()?;
     let model = Model::open(path, of_base(args, search.computes()), reporter)?;
-    settings::check_addition(&args.addition, &model)?;
+    settings::check_addition(&args.addition, &args.gguf, &model)?;
     let search = search.in_space(model.space());
     let data: Vec<PathBuf> = search.data_files();
     let data: Vec<&Path> = data.iter().map(PathBuf::as_path).collect();
-    let output = Output::plan(&model, args.output.as_deref(), &args.writing, &data)?;
+    let output = Output::plan(
+        &model,
+        args.output.as_deref(),
+        (&args.writing, &args.addition, &args.gguf),
+        &data,
+    )?;
     let prepared = find::prepare(&model, &search, &args.work, reporter)?;
     if args.writing.dry_run {
         return Plan::of_job(&model, &search, &prepared, &output)?.print(COMMAND, reporter);

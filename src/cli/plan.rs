@@ -176,8 +176,8 @@ impl Plan {
             let length = std::fs::metadata(&file.path).map_or(0, |metadata| metadata.len());
             reads.push((file.name.clone(), length));
         }
-        let writes = match checkpoint.layout() {
-            layout if layout.is_one_file() => {
+        let writes = match output.is_one_file(checkpoint) {
+            true => {
                 let mut writes = vec![target.clone()];
                 writes.push(manifest_path(output.target()).display().to_string());
                 if output.is_signed() {
@@ -185,7 +185,7 @@ impl Plan {
                 }
                 writes
             }
-            _ => {
+            false => {
                 let names = reads.iter().map(|(name, _)| name.as_str());
                 let signature = output.is_signed().then_some("model.sig");
                 names

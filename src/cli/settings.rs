@@ -15,8 +15,8 @@ use panacea_patch::optimize::{
 use serde_json::{Map, Value, json};
 
 use super::args::{
-    AdditionArgs, DataArgs, FinalEpsName, MethodArgs, MethodName, PartName, PatchArgs, RhoArg,
-    RoundingName,
+    AdditionArgs, DataArgs, FinalEpsName, GgufArgs, MethodArgs, MethodName, PartName, PatchArgs,
+    RhoArg, RoundingName,
 };
 use super::error::Failure;
 use super::model::Model;
@@ -318,9 +318,16 @@ pub(super) fn addition(args: &AdditionArgs, seed: u64) -> ApplySettings {
 ///
 /// # Errors
 /// A usage error naming the first of them.
-pub(super) fn check_addition(args: &AdditionArgs, model: &Model) -> Result<(), Failure> {
+pub(super) fn check_addition(
+    args: &AdditionArgs,
+    gguf: &GgufArgs,
+    model: &Model,
+) -> Result<(), Failure> {
     let flags = [
-        ("--patched-type", args.patched_type.is_some()),
+        (
+            "--patched-type",
+            args.patched_type.is_some() && gguf.gguf.is_none(),
+        ),
         ("--min-realized", args.min_realized.is_some()),
     ];
     let given = flags.into_iter().find(|(_, given)| *given);

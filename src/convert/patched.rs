@@ -3,6 +3,8 @@
 //! In: the manifest beside a patched checkpoint. Out: whether a tensor was a target, by the selection that it names, or a patched
 //! perturbation of unknown targets is refused. A quantized type can round a patch away; a finer one for these tensors keeps it.
 
+use std::collections::HashSet;
+
 use panacea_formats::Dtype;
 use serde_json::{Map, Value};
 
@@ -14,13 +16,31 @@ use crate::model::TargetSelection;
 #[derive(Clone, Debug)]
 pub struct PatchedType {
     dtype: Dtype,
-    selection: TargetSelection,
+    patched: Patched,
+}
+
+/// Which tensors were touched.
+#[derive(Clone, Debug)]
+enum Patched {
+    Selected(TargetSelection),
+    Named(HashSet<String>),
 }
 
 impl PatchedType {
     /// Tensors that `selection` names get `dtype`.
     pub fn new(dtype: Dtype, selection: TargetSelection) -> Self {
-        Self { dtype, selection }
+        Self {
+            dtype,
+            patched: Patched::Selected(selection),
+        }
+    }
+
+    /// The tensors of these names get `dtype`.
+    pub fn of_names(dtype: Dtype, names: impl Iterator<Item = String>) -> Self {
+        Self {
+            dtype,
+            patched: Patched::Named(names.collect()),
+        }
     }
 
     /// The targets of the run that `manifest` tells of get `dtype`.
@@ -44,8 +64,12 @@ impl PatchedType {
 
     /// Whether the tensor that the checkpoint calls `name` was a target.
     pub(super) fn was_patched(&self, name: &str) -> bool {
-        let module = name.strip_suffix(".weight");
-        module.is_some_and(|module| self.selection.selects(module))
+        match &self.patched {
+            Patched::Named(names) => names.contains(name),
+            Patched::Selected(selection) => name
+                .strip_suffix(".weight")
+                .is_some_and(|module| selection.selects(module)),
+        }
     }
 
     /// The finer of `dtype` and what patched tensors are to have.

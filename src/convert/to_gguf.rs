@@ -104,7 +104,7 @@ impl<'c> Conversion<'c> {
         });
         Ok(Self {
             checkpoint,
-            weights: files(tensors, &metadata, settings)?,
+            weights: files(tensors, &metadata, settings.stem, settings.max_shard_bytes)?,
             texts: Vec::new(),
             losses: config.losses,
             left_out,
@@ -113,13 +113,14 @@ impl<'c> Conversion<'c> {
 }
 
 /// Divides tensors into the parts of a file, of which the first has all keys, and each which part it is.
-fn files<'c>(
+pub(super) fn files<'c>(
     tensors: impl ExactSizeIterator<Item = Planned<'c>>,
     metadata: &Metadata,
-    settings: GgufSettings<'_>,
+    stem: &str,
+    max_shard_bytes: Option<u64>,
 ) -> Result<Vec<PlannedFile<'c>>, ConvertError> {
     let total = tensors.len();
-    let parts = divided(tensors, settings.max_shard_bytes, Planned::bytes);
+    let parts = divided(tensors, max_shard_bytes, Planned::bytes);
     let count = parts.len();
     let mut files = Vec::with_capacity(count);
     for (i, tensors) in parts.into_iter().enumerate() {
@@ -127,7 +128,7 @@ fn files<'c>(
             0 => metadata.clone(),
             _ => Metadata::default(),
         };
-        let mut name = format!("{}.gguf", settings.stem);
+        let mut name = format!("{stem}.gguf");
         if count > 1 {
             let (Ok(part), Ok(parts), Ok(total)) =
                 (u16::try_from(i), u16::try_from(count), i32::try_from(total))
@@ -137,7 +138,7 @@ fn files<'c>(
             keys.set("split.no", Value::U16(part));
             keys.set("split.count", Value::U16(parts));
             keys.set("split.tensors.count", Value::I32(total));
-            name = format!("{}-{:05}-of-{count:05}.gguf", settings.stem, i + 1);
+            name = format!("{stem}-{:05}-of-{count:05}.gguf", i + 1);
         }
         let infos: Result<Vec<TensorInfo>, GgufWriteError> = tensors
             .iter()

@@ -51,7 +51,7 @@ pub(super) enum RowOrder {
 
 impl RowOrder {
     /// The row of the source that becomes row `row`.
-    fn origin(self, row: usize) -> usize {
+    pub(super) fn origin(self, row: usize) -> usize {
         match self {
             Self::Same => row,
             Self::Interleaved(head) => row_in_source(row, head),

@@ -45,6 +45,11 @@ struct Branch {
 }
 
 impl Saved {
+    /// Query, key and value heads, rotated, as attention read them: heads x tokens x dim.
+    pub(crate) fn heads(&self) -> &[f32] {
+        &self.heads
+    }
+
     /// Floats kept for each token of a block.
     pub(crate) fn floats_per_token(config: &Config, place: &BlockConfig) -> usize {
         let heads = config.heads();
@@ -468,7 +473,7 @@ fn before_norm<'d>(
 }
 
 /// The query and key heads of a row, with the weights of their norms.
-fn head_groups<'w>(config: &Config, [query, key]: &'w [Vec<f32>; 2]) -> [Groups<'w>; 2] {
+pub(super) fn head_groups<'w>(config: &Config, [query, key]: &'w [Vec<f32>; 2]) -> [Groups<'w>; 2] {
     let heads = config.heads();
     [
         Groups {

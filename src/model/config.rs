@@ -13,6 +13,7 @@ use super::family::{
 use super::frequencies::Frequencies;
 use super::kernels::attention::Scores;
 use super::kernels::rope::{Heads, Pairs};
+use super::kernels::tanh;
 use super::settings::{Settings, narrowed};
 
 /// A decoder's shape and constants.
@@ -87,6 +88,15 @@ pub(crate) struct BlockConfig {
 pub(crate) struct Logits {
     pub(crate) scale: f32,
     pub(crate) softcap: Option<f32>,
+}
+
+impl Logits {
+    /// The logit of what the output matrix gave.
+    #[inline(always)]
+    pub(crate) fn of(self, product: f32) -> f32 {
+        let scaled = self.scale * product;
+        self.softcap.map_or(scaled, |cap| cap * tanh(scaled / cap))
+    }
 }
 
 /// A mixture of experts.

@@ -35,12 +35,12 @@ pub enum Activations {
 /// A decoder over a checkpoint's tensors, with a selection of them as targets.
 #[derive(Debug)]
 pub struct Decoder<'c> {
-    config: Config,
-    weights: Weights<'c>,
+    pub(super) config: Config,
+    pub(super) weights: Weights<'c>,
     activations: Activations,
     /// Whose pages are given back after each block.
-    released: Option<&'c Checkpoint>,
-    workspace: Workspace,
+    pub(super) released: Option<&'c Checkpoint>,
+    pub(super) workspace: Workspace,
 }
 
 /// Why a pack cannot be computed.
@@ -55,21 +55,27 @@ pub enum PackError {
         /// Number of embeddings.
         vocab_size: usize,
     },
+    /// A prompt without a token, which nothing can follow.
+    #[error("prompt number {index} holds no token")]
+    EmptyPrompt {
+        /// Its place among the prompts, from 0.
+        index: usize,
+    },
 }
 
 /// Buffers kept between calls, so that a step allocates nothing that the one before did not.
 #[derive(Debug, Default)]
-struct Workspace {
+pub(super) struct Workspace {
     matrices: BlockMatrices,
     /// The input of each block and, last, the output of the last one; two of them, in turn, without a backward.
-    inputs: Vec<Vec<f32>>,
+    pub(super) inputs: Vec<Vec<f32>>,
     /// What each block kept; one for all with [`Activations::Recompute`] or without a backward.
     saved: Vec<Saved>,
     scratch: Scratch,
     head: HeadScratch,
     d: Vec<f32>,
     /// One for each rotary embedding.
-    rotations: Vec<Rotations>,
+    pub(super) rotations: Vec<Rotations>,
 }
 
 impl<'c> Decoder<'c> {
@@ -383,6 +389,30 @@ impl<'c> Decoder<'c> {
 
     /// Runs all blocks; returns which of the workspace's `inputs` holds the last block's output.
     fn forward(&mut self, point: Point<'_>, pack: &Pack, pass: Pass) -> Result<usize, PackError> {
+        self.forward_past(point, pack, pass, |_, _| ())
+    }
+
+    /// As [`Self::forward`] without a backward; hands each block's index, and the heads that it attended with, to `visit`.
+    pub(super) fn visit_heads(
+        &mut self,
+        point: Point<'_>,
+        pack: &Pack,
+        mut visit: impl FnMut(usize, &[f32]),
+    ) -> Result<&[f32], PackError> {
+        let x = self.forward_past(point, pack, Pass::Forward, |block, saved| {
+            visit(block, saved.heads());
+        })?;
+        Ok(&self.workspace.inputs[x])
+    }
+
+    /// As [`Self::forward`]; hands each block's index, and what it kept, to `visit`.
+    fn forward_past(
+        &mut self,
+        point: Point<'_>,
+        pack: &Pack,
+        pass: Pass,
+        mut visit: impl FnMut(usize, &Saved),
+    ) -> Result<usize, PackError> {
         self.prepare(pack, pass);
         self.embed(pack)?;
         let Self {
@@ -417,6 +447,7 @@ impl<'c> Decoder<'c> {
                 matrices,
             }
             .forward(&inputs[current], &mut saved[slot], scratch, &mut out);
+            visit(index, &saved[slot]);
             inputs[next] = out;
             current = next;
             if let Some(checkpoint) = released {
@@ -512,25 +543,35 @@ impl<'c> Decoder<'c> {
 
     /// Looks up the tokens' embeddings into the first block's input.
     fn embed(&mut self, pack: &Pack) -> Result<(), PackError> {
-        let (hidden, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
-        let outside = pack
-            .tokens
-            .iter()
-            .chain(pack.predictions.iter().map(|p| &p.token));
-        if let Some(&token) = outside
-            .into_iter()
-            .find(|&&token| token as usize >= vocab_size)
-        {
-            return Err(PackError::Token { token, vocab_size });
+        let predicted = pack.predictions.iter().map(|p| &p.token);
+        self.check_tokens(pack.tokens.iter().chain(predicted))?;
+        let mut x = std::mem::take(&mut self.workspace.inputs[0]);
+        self.embed_into(&pack.tokens, &mut x);
+        self.workspace.inputs[0] = x;
+        Ok(())
+    }
+
+    /// Refuses tokens that the model has no embedding of.
+    pub(super) fn check_tokens<'t>(
+        &self,
+        mut tokens: impl Iterator<Item = &'t u32>,
+    ) -> Result<(), PackError> {
+        let vocab_size = self.config.vocab_size;
+        match tokens.find(|&&token| token as usize >= vocab_size) {
+            Some(&token) => Err(PackError::Token { token, vocab_size }),
+            None => Ok(()),
         }
-        let x = &mut self.workspace.inputs[0];
-        x.resize(pack.tokens.len() * hidden, 0.0);
+    }
+
+    /// The embeddings of `tokens`, which were checked.
+    pub(super) fn embed_into(&self, tokens: &[u32], x: &mut Vec<f32>) {
+        let hidden = self.config.hidden_size;
+        x.resize(tokens.len() * hidden, 0.0);
         let factor = self.config.embedding_multiplier;
-        for (row, &token) in x.chunks_exact_mut(hidden).zip(&pack.tokens) {
+        for (row, &token) in x.chunks_exact_mut(hidden).zip(tokens) {
             widen(&self.weights.embedding, token as usize * hidden, row);
             row.iter_mut().for_each(|x| *x *= factor);
         }
-        Ok(())
     }
 
     fn head(&mut self) -> (Head<'_>, &mut Workspace) {

@@ -64,6 +64,11 @@ impl Frequencies {
         ])
     }
 
+    /// The length above which a sequence has other frequencies, if there is one.
+    pub(crate) fn switches_above(&self) -> Option<usize> {
+        self.long.as_ref().map(|(above, _)| *above)
+    }
+
     /// Sound settings can still divide by 0, such as by the logarithm of a context of 1.
     fn are_finite(&self) -> bool {
         let long = self.long.iter().flat_map(|(_, inverse)| inverse);

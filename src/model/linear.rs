@@ -6,9 +6,10 @@
 
 use std::borrow::Cow;
 
-use panacea_formats::TensorView;
+use panacea_formats::{Dtype, TensorView};
 use rayon::prelude::*;
 
+use super::kernels::simd;
 use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
 use super::point::Point;
 use super::tensors::TargetTensors;
@@ -65,7 +66,7 @@ pub(crate) enum Factor<'c> {
 }
 
 impl Factor<'_> {
-    fn values<'v>(&'v self, point: Point<'v>) -> Cow<'v, [f32]> {
+    pub(super) fn values<'v>(&'v self, point: Point<'v>) -> Cow<'v, [f32]> {
         match self {
             Self::Frozen(values) => Cow::Borrowed(values),
             Self::Target(index, view) => point.values(*index, view),
@@ -220,7 +221,7 @@ impl Linear<'_> {
         );
     }
 
-    fn add_bias(&self, scale: f32, y: &mut [f32]) {
+    pub(super) fn add_bias(&self, scale: f32, y: &mut [f32]) {
         if self.bias.is_empty() {
             return;
         }
@@ -235,10 +236,24 @@ impl Linear<'_> {
 /// Widens the elements of `view` from number `first` on into `out`, in parallel.
 pub(crate) fn widen(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
     out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
-        let start = first + i * CHUNK;
-        view.widen_into(start..start + out.len(), out)
-            .expect("dtype and shape were checked when the weights were resolved");
+        widen_here(view, first + i * CHUNK, out);
     });
+}
+
+/// As [`widen`], on the calling thread.
+pub(crate) fn widen_here(view: &TensorView<'_>, first: usize, out: &mut [f32]) {
+    let range = first..first + out.len();
+    // What most checkpoints hold, by the widest instructions there are; the reader of files is compiled for all processors.
+    if view.dtype == Dtype::BF16 {
+        let bytes = &view.bytes[2 * range.start..2 * range.end];
+        return simd(|| {
+            for (x, &half) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *x = f32::from_bits(u32::from(u16::from_le_bytes(half)) << 16);
+            }
+        });
+    }
+    view.widen_into(range, out)
+        .expect("dtype and shape were checked when the weights were resolved");
 }
 
 /// Copies in parallel.

@@ -11,11 +11,14 @@
 //! Source: Shazeer et al., "Outrageously Large Neural Networks", arXiv:1701.06538; Jiang et al., "Mixtral of Experts",
 //! arXiv:2401.04088.
 
+use panacea_formats::TensorView;
+
 use super::config::{Config, Experts};
 use super::kernels::{dot, glu, simd};
 use super::linear::Gradients;
 use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
 use super::point::Point;
+use super::stream::stream_matrix;
 use super::weights::{BlockMatrices, GatedLinear};
 
 /// Which tokens went where, kept for the backward.
@@ -87,6 +90,37 @@ impl Mixture {
             gated
                 .down
                 .forward(&self.wide, &matrices.down, &mut self.out_rows);
+            for (assignment, row) in assigned.iter().zip(self.out_rows.chunks_exact(hidden)) {
+                let factor = config.residual_multiplier * assignment.weight;
+                add_scaled(&mut out[assignment.token * hidden..][..hidden], factor, row);
+            }
+        }
+    }
+
+    /// As [`Self::forward`] for a few tokens: matrices are read where they are stored, and nothing is kept but the `routing`.
+    pub(crate) fn stream(
+        &mut self,
+        config: &Config,
+        (router, experts): (&TensorView<'_>, &[GatedLinear<'_>]),
+        point: Point<'_>,
+        y: &[f32],
+        routing: &mut Routing,
+        out: &mut [f32],
+    ) {
+        let Some(settings) = config.experts else {
+            return;
+        };
+        let hidden = config.hidden_size;
+        stream_matrix(y, router, hidden, |x| x, &mut routing.probabilities);
+        routing.assign(settings);
+        for (expert, gated) in experts.iter().enumerate() {
+            let assigned = &routing.assigned[routing.range(expert)];
+            if assigned.is_empty() {
+                continue;
+            }
+            gather(y, hidden, assigned, &mut self.rows);
+            gated.stream(config, &self.rows, point, &mut self.gate_up, &mut self.wide);
+            gated.down.stream(&self.wide, point, &mut self.out_rows);
             for (assignment, row) in assigned.iter().zip(self.out_rows.chunks_exact(hidden)) {
                 let factor = config.residual_multiplier * assignment.weight;
                 add_scaled(&mut out[assignment.token * hidden..][..hidden], factor, row);
@@ -187,6 +221,12 @@ impl Routing {
             Matrix::new(router, count, hidden).t(),
             Threads::All,
         );
+        self.assign(settings);
+    }
+
+    /// Turns what the router gave, in `probabilities`, into what it stands for, and sends each token to its experts.
+    fn assign(&mut self, settings: Experts) {
+        let count = settings.count;
         let mut of_expert: Vec<Vec<Assignment>> = vec![Vec::new(); count];
         let mut order: Vec<usize> = Vec::with_capacity(count);
         for (token, p) in self.probabilities.chunks_exact_mut(count).enumerate() {

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use panacea_formats::TensorView;
 
-use super::linear::{copy, widen};
+use super::linear::{copy, widen, widen_here};
 use super::tensors::TargetTensors;
 
 /// Values of all targets: those that are stored, or given ones, plus a direction or not.
@@ -51,6 +51,25 @@ impl<'v> Point<'v> {
         }
         if let Some((factor, direction)) = self.direction {
             super::linear::add_scaled(factor, direction.tensor(index), out);
+        }
+    }
+
+    /// Writes those values of target number `index`, stored in `view`, that begin at number `first` to `out`, on the calling thread.
+    pub(super) fn load_from(
+        self,
+        index: usize,
+        view: &TensorView<'_>,
+        first: usize,
+        out: &mut [f32],
+    ) {
+        let range = first..first + out.len();
+        match self.base {
+            None => widen_here(view, first, out),
+            Some(values) => out.copy_from_slice(&values.tensor(index)[range.clone()]),
+        }
+        if let Some((factor, direction)) = self.direction {
+            let more = &direction.tensor(index)[range];
+            out.iter_mut().zip(more).for_each(|(x, y)| *x += factor * y);
         }
     }
 

@@ -330,8 +330,227 @@ def index_cases():
     i("tensor-unlisted", "TensorUnlisted", "a tensor that the index hides", {"weight_map": {"a": one, "c": two}})
     i("tensor-in-two", "TensorTwice", "`twin.safetensors` holds `c` too", {"weight_map": dict(good, t="twin.safetensors")})
 
+U8, I8, U16, I16, U32, I32, F32, BOOL, TEXT, ARRAY, U64, I64, F64 = range(13)
+
+
+def text(value):
+    value = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(value)) + value
+
+
+def pair(key, kind, value):
+    """A key and its value, which is a number or bytes; a kind that is none takes them, too."""
+    if isinstance(value, int):
+        formats = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", BOOL: "B", U64: "Q", I64: "q"}
+        value = struct.pack("<" + formats[kind], value)
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def array(kind, count, values=b""):
+    return struct.pack("<IQ", kind, count) + values
+
+
+def info(name="a", shape=(1,), kind=0, offset=0, dimensions=None):
+    """A tensor's description, of `shape` innermost dimension first: one F32 at the beginning of the data."""
+    dimensions = len(shape) if dimensions is None else dimensions
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", dimensions, *shape, kind, offset)
+
+
+def padded(data, alignment=32):
+    return data + b"\0" * (-len(data) % alignment)
+
+
+def gguf(pairs=(), infos=(), data=None, version=3, keys=None, tensors=None, alignment=32):
+    """A GGUF file of these parts, with padding in front of the data, if there is any."""
+    keys = len(pairs) if keys is None else keys
+    tensors = len(infos) if tensors is None else tensors
+    header = b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + b"".join(pairs) + b"".join(infos)
+    return header if data is None else padded(header, alignment) + data
+
+
+def gguf_cases():
+    def g(name, expect, comment, data):
+        case("gguf", name, expect, comment, data)
+
+    four = b"\1\2\3\4"
+    sound = gguf([pair("general.architecture", TEXT, text("llama"))], [info()], padded(four))
+    g("sound", "sound", "the control of all others", sound)
+    g("sound-nothing", "sound", "no keys, no tensors", gguf())
+    g("sound-without-last-padding", "sound", "padding behind the last tensor need not be there", sound[:-28])
+    g("sound-with-some-padding", "sound", "nor all of it", sound[:-5])
+    g("sound-padding-of-no-zeros", "sound", "what padding holds is nobody's matter", sound[:-28] + b"x" * 28)
+    g("sound-no-tensors-padded", "sound", "padding in front of no data", padded(gguf()))
+    g("sound-no-tensors-half-padded", "sound", "or some of it", gguf() + b"\0" * 3)
+    g("sound-file-type-is-text", "sound", "what a key of a model means is not the container's matter",
+      gguf([pair("general.file_type", TEXT, text("F16"))]))
+
+    for length in range(4):
+        g(f"magic-{length}-bytes", "PastEnd", "not even the magic", b"GGUF"[:length])
+    g("magic-ggml", "Magic", "the format before", b"GGML" + sound[4:])
+    g("magic-backwards", "Magic", "the magic of the other byte order", b"FUGG" + sound[4:])
+    g("magic-zip", "Magic", "a PyTorch zip archive under another name", b"PK\3\4" + b"\0" * 60)
+    g("version-none", "PastEnd", "nothing behind the magic", b"GGUF")
+    g("version-0", "UnknownVersion", "there was none", gguf(version=0))
+    g("version-1", "Version1", "lengths had 32 bits", gguf(version=1))
+    g("version-2", "sound", "the same but for the byte order", gguf(version=2))
+    g("version-4", "UnknownVersion", "a later version is not guessed at", gguf(version=4))
+    g("version-huge", "UnknownVersion", "nor is the last that there can be", gguf(version=2**32 - 1))
+    g("version-big-endian", "BigEndian", "a file for other machines", b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
+    g("version-2-big-endian", "BigEndian", "there was none of that version", b"GGUF" + struct.pack(">IQQ", 2, 0, 0))
+
+    for cut in range(8, 24, 5):
+        g(f"counts-cut-at-{cut}", "PastEnd", "a cut download", sound[:cut])
+    g("counts-huge", "CountPastEnd", "2^64 - 1 of both", gguf(keys=2**64 - 1, tensors=2**64 - 1))
+    g("counts-wrap", "CountPastEnd", "2^61 keys, of which each takes 8 bytes at least", gguf(keys=2**61))
+    g("tensors-huge", "CountPastEnd", "2^64 - 1 tensors and no keys", gguf(tensors=2**64 - 1))
+    g("tensors-none", "CountPastEnd", "a tensor that is not there", gguf(tensors=1))
+    least_key = pair("a", BOOL, 1)
+    g("keys-shortest", "sound", "one key in the 14 bytes that it needs", gguf([least_key]))
+    g("keys-in-a-byte-less", "CountPastEnd", "two keys in 27", gguf([least_key, b"\0" * 13]))
+    g("keys-that-could-fit", "EmptyKey", "two keys in 28, the other made of zeros", gguf([least_key, b"\0" * 14]))
+    least_tensor = info("", ())
+    g("tensors-shortest", "sound", "one scalar without a name in the 24 bytes that it needs", gguf([], [least_tensor], four))
+    g("tensors-in-a-byte-less", "CountPastEnd", "two tensors in 47", gguf([], [least_tensor, b"\0" * 23]))
+    g("tensors-that-could-fit", "DuplicateTensor", "two tensors in 48, the other made of zeros", gguf([], [least_tensor, b"\0" * 24]))
+    g("tensors-after-keys", "CountPastEnd", "one tensor, for which only the bytes of keys would have had room",
+      gguf([pair("a", TEXT, text("x" * 40))], tensors=1))
+
+    for name, claimed in [("512-mib", 2**29), ("one-past-end", 51), ("huge", 2**64 - 1), ("wrapping", 2**64 - 40)]:
+        g(f"key-{name}", "PastEnd", "a key longer than the file", gguf([struct.pack("<Q", claimed) + b"x" * 50]))
+        g(f"text-{name}", "PastEnd", "a text longer than the file", gguf([pair("a", TEXT, struct.pack("<Q", claimed) + b"x" * 50)]))
+        g(f"text-in-array-{name}", "PastEnd", "the same in an array",
+          gguf([pair("a", ARRAY, array(TEXT, 1, struct.pack("<Q", claimed) + b"x" * 50))]))
+    g("text-to-the-end", "sound", "a text as long as the rest of the file", gguf([pair("a", TEXT, struct.pack("<Q", 50) + b"x" * 50)]))
+    g("key-empty", "EmptyKey", "a key without a character", gguf([pair("", U32, 1)]))
+    g("key-not-utf8", "NotUtf8", "bytes that are no text", gguf([pair(b"\xff", U8, 1)]))
+    g("text-not-utf8", "NotUtf8", "llama.cpp takes them, but they would not be written as they were", gguf([pair("a", TEXT, text(b"\xff"))]))
+    g("text-surrogate", "NotUtf8", "half of a character", gguf([pair("a", TEXT, text(b"\xed\xa0\x80"))]))
+    g("text-in-array-not-utf8", "NotUtf8", "the same in an array", gguf([pair("a", ARRAY, array(TEXT, 2, text("b") + text(b"\xc3")))]))
+    g("text-nul", "sound", "a zero byte is a character", gguf([pair("a", TEXT, text("b\0c"))]))
+    one = pair("a", U8, 1)
+    g("key-twice", "DuplicateKey", "the same twice", gguf([one, one]))
+    g("key-twice-of-other-types", "DuplicateKey", "the last would win silently", gguf([one, pair("a", TEXT, text("b"))]))
+    g("key-twice-apart", "DuplicateKey", "with others between them", gguf([one, pair("b", U8, 1), pair("aa", U8, 1), one]))
+    g("key-alike", "sound", "other capitals are another key", gguf([one, pair("A", U8, 1), pair("a ", U8, 1)]))
+
+    # What takes the most memory for each byte: opening may allocate four times the file.
+    g("dense-keys", "sound", "the shortest keys with the shortest values", gguf([pair(chr(1 + i), BOOL, 1) for i in range(120)]))
+    g("dense-texts", "sound", "texts without a character", gguf([pair("a", ARRAY, array(TEXT, 250, text("") * 250))]))
+    g("dense-arrays", "sound", "arrays without an element", gguf([pair("a", ARRAY, array(ARRAY, 150, array(U8, 0) * 150))]))
+    g("dense-tensors", "sound", "scalars of an unknown type, without bytes", gguf([], [info(chr(1 + i), (), 1000) for i in range(75)], b""))
+
+    values = b"\0" * 60
+    g("value-of-last-type", "sound", "type 12", gguf([pair("a", F64, b"\0" * 8)]))
+    g("value-of-no-type", "UnknownValueType", "type 13", gguf([pair("a", 13, values)]))
+    g("value-of-huge-type", "UnknownValueType", "type 2^32 - 1", gguf([pair("a", 2**32 - 1, values)]))
+    for kind, size in [(U8, 1), (I8, 1), (U16, 2), (I16, 2), (U32, 4), (I32, 4), (F32, 4), (BOOL, 1), (TEXT, 8), (ARRAY, 12), (U64, 8), (I64, 8), (F64, 8)]:
+        key = "a key so long that there would be room for another"
+        g(f"value-cut-{kind}", "PastEnd", "a byte less than the value takes", gguf([pair(key, kind, b"\0" * (size - 1))]))
+        g(f"array-full-{kind}", "sound", "as many elements as there is room for", gguf([pair("a", ARRAY, array(kind, 4, b"\0" * 4 * size))]))
+        g(f"array-one-more-{kind}", "CountPastEnd", "one element more than there is room for",
+          gguf([pair("a", ARRAY, array(kind, 4, b"\0" * (4 * size - 1)))]))
+        g(f"array-huge-{kind}", "CountPastEnd", "2^64 - 1 elements", gguf([pair("a", ARRAY, array(kind, 2**64 - 1, values))]))
+        if size > 1:
+            g(f"array-wrapping-{kind}", "CountPastEnd", "elements whose bytes wrap to few", gguf([pair("a", ARRAY, array(kind, 2**64 // size + 1, values))]))
+    g("array-of-no-type", "UnknownValueType", "elements of type 13", gguf([pair("a", ARRAY, array(13, 0, values))]))
+    g("array-in-array-of-no-type", "UnknownValueType", "the same one deeper", gguf([pair("a", ARRAY, array(ARRAY, 1, array(13, 0)))]))
+    g("array-in-array-huge", "CountPastEnd", "a short array of a long one", gguf([pair("a", ARRAY, array(ARRAY, 1, array(U8, 2**40)))]))
+
+    def deep(depth):
+        inner = array(U8, 1, b"x")
+        for _ in range(depth - 1):
+            inner = array(ARRAY, 1, inner)
+        return gguf([pair("a", ARRAY, inner)])
+
+    g("depth-2", "sound", "llama.cpp has none of these, gguf-py has", deep(2))
+    g("depth-at-limit", "sound", "8 arrays in each other", deep(8))
+    g("depth-over-limit", "TooDeep", "9 of them", deep(9))
+    g("depth-20000", "TooDeep", "they must not overflow the stack", deep(20_000))
+    g("bool-2", "NoTruthValue", "llama.cpp takes it as true, but it would not be written as it was", gguf([pair("a", BOOL, 2)]))
+    g("bool-255", "NoTruthValue", "nor would this", gguf([pair("a", BOOL, 255)]))
+    g("bool-in-array-2", "NoTruthValue", "nor in an array", gguf([pair("a", ARRAY, array(BOOL, 3, b"\0\1\2"))]))
+
+    def aligned(kind, value, data=None, alignment=32):
+        return gguf([pair("general.alignment", kind, value)], [] if data is None else [info()], data, alignment=alignment)
+
+    g("alignment-0", "Alignment", "a division by zero elsewhere", aligned(U32, 0, four))
+    g("alignment-33", "Alignment", "no power of two", aligned(U32, 33, four))
+    g("alignment-odd-and-huge", "Alignment", "2^32 - 1", aligned(U32, 2**32 - 1, four))
+    g("alignment-1", "sound", "no padding at all", aligned(U32, 1, four, 1))
+    g("alignment-4096", "sound", "a page", aligned(U32, 4096, four, 4096))
+    g("alignment-largest", "sound", "2^31, and nothing to be aligned to it", aligned(U32, 2**31))
+    g("alignment-largest-of-a-tensor", "NoRoomForPadding", "2^31, in a short file", aligned(U32, 2**31, four))
+    g("alignment-not-kept", "NoRoomForPadding", "a file aligned to 32 that says 4096", aligned(U32, 4096, four))
+    for name, kind, value in [("u64", U64, 32), ("i32", I32, 32), ("u8", U8, 32), ("bool", BOOL, 1), ("text", TEXT, text("32")), ("array", ARRAY, array(U32, 1, b"\x20\0\0\0"))]:
+        g(f"alignment-{name}", "WrongType", "an alignment is u32", aligned(kind, value, four))
+    g("alignment-twice", "DuplicateKey", "which of them", gguf([pair("general.alignment", U32, 32), pair("general.alignment", U32, 64)], [info()], four))
+
+    def t(name, expect, comment, *infos, data=four):
+        g(f"tensor-{name}", expect, comment, gguf([], infos, data))
+
+    long = info("a name so long that there would be room for another tensor" * 2)[:-1]
+    whole = info("n" * 60)
+    for cut in [4, 8 + 30, 8 + 60 + 2, 8 + 60 + 4 + 7, 8 + 60 + 4 + 8 + 3, 8 + 60 + 4 + 8 + 4 + 7]:
+        kind = "CountPastEnd" if cut < 24 else "PastEnd"
+        g(f"tensor-cut-at-{cut}", kind, "a cut download", gguf([], [whole[:cut]]))
+    t("name-at-limit", "sound", "63 bytes", info("n" * 63))
+    t("name-over-limit", "NameTooLong", "64, which leave llama.cpp no room for a zero byte", info("n" * 64))
+    t("name-over-limit-in-bytes", "NameTooLong", "32 characters of 2 bytes", info("\u00e9" * 32))
+    t("name-long", "NameTooLong", "and as many as there are", long, data=b"x" * 32)
+    t("name-not-utf8", "NotUtf8", "bytes that are no text", info(b"\xff"))
+    t("name-twice", "DuplicateTensor", "which of them", info("a"), info("a", offset=32), data=padded(four) + four)
+    t("name-twice-apart", "DuplicateTensor", "with another between them", info("b"), info("a", offset=32), info("b", offset=64),
+      data=padded(four) * 2 + four)
+    t("dimensions-0", "sound", "a scalar", info(shape=()))
+    t("dimensions-at-limit", "sound", "4", info(shape=(1, 1, 1, 1)))
+    t("dimensions-over-limit", "TooManyDimensions", "5", info(shape=(1, 1, 1, 1, 1)))
+    t("dimensions-huge", "TooManyDimensions", "2^32 - 1", info(dimensions=2**32 - 1))
+    t("shape-wraps", "ShapeOverflow", "2^33 * 2^33 * 2 wraps to 0", info(shape=(2**33, 2**33, 2)))
+    t("shape-wraps-to-the-right-size", "ShapeOverflow", "3 times its inverse modulo 2^64 wraps to 1", info(shape=(3, (2**65 + 1) // 3)))
+    t("shape-overflow-hidden-by-zero", "ShapeOverflow", "a zero behind the overflow does not excuse it", info(shape=(2**63, 4, 0)), data=b"")
+    t("shape-bytes-overflow", "ShapeOverflow", "the elements fit, their bytes do not", info(shape=(2**62,)))
+    t("shape-largest", "TensorPastEnd", "the most that does not overflow", info(shape=(2**62 - 1,)))
+    t("shape-negative", "ShapeOverflow", "-1 for those who read it signed", info(shape=(2**64 - 1,)))
+    t("shape-zero", "sound", "no elements", info(shape=(0, 5)), data=b"")
+    t("shape-zero-in-cut-file", "NoRoomForPadding", "no elements, but no place for them either", info(shape=(0, 5)), data=None)
+
+    for kind, name, bytes_of_64 in [(0, "f32", 256), (1, "f16", 128), (2, "q4_0", 36), (8, "q8_0", 68), (20, "iq4_nl", 36), (24, "i8", 64),
+                                    (28, "f64", 512), (30, "bf16", 128), (39, "mxfp4", 34), (40, "nvfp4", 36)]:
+        t(f"{name}-full", "sound", "64 elements", info(shape=(64,), kind=kind), data=b"x" * bytes_of_64)
+        t(f"{name}-short", "TensorPastEnd", "64 elements in a byte less", info(shape=(64,), kind=kind), data=b"x" * (bytes_of_64 - 1))
+    t("torn-block", "TornBlock", "33 elements in blocks of 32", info(shape=(33,), kind=2), data=b"x" * 36)
+    t("torn-row", "TornBlock", "rows of 16, in all 32", info(shape=(16, 2), kind=2), data=b"x" * 18)
+    t("torn-scalar", "TornBlock", "a scalar is no block", info(shape=(), kind=8), data=b"x" * 34)
+    t("torn-superblock", "TornBlock", "255 elements in blocks of 256", info(shape=(255,), kind=12), data=b"x" * 144)
+    t("whole-superblock", "sound", "256 of them", info(shape=(256,), kind=12), data=b"x" * 144)
+    t("type-unknown", "sound", "carried as the bytes that are there", info(shape=(7,), kind=1000), data=b"x" * 77)
+    t("type-removed", "sound", "Q4_2 is known no more", info(shape=(32,), kind=4), data=b"x" * 18)
+    t("type-unknown-before-another", "sound", "up to where the other begins", info(kind=1000), info("b", offset=96), data=b"x" * 100)
+    t("type-unknown-shape-overflow", "ShapeOverflow", "a shape is one, whatever the type", info(shape=(2**40, 2**40), kind=1000))
+    t("type-unknown-past-end", "TensorPastEnd", "nothing is there", info(kind=1000), info("b", kind=1000, offset=128), data=b"x" * 100)
+
+    two = padded(four) + four
+    t("two", "sound", "the control of those that follow", info(), info("b", offset=32), data=two)
+    t("overlap", "Overlap", "both begin at 0", info(), info("b"))
+    t("overlap-in-part", "Overlap", "the second begins within the first", info(shape=(16,)), info("b", offset=32), data=b"x" * 64)
+    t("reversed", "Hole", "the second lies before the first", info(offset=32), info("b"), data=two)
+    t("misaligned", "Misaligned", "right behind the first, without padding", info(), info("b", offset=4), data=four * 2)
+    t("misaligned-first", "Misaligned", "the first, by a byte", info(offset=1), data=b"x" * 5)
+    t("hole", "Hole", "room for another file inside", info(), info("b", offset=64), data=b"x" * 68)
+    t("hole-at-start", "Hole", "nobody's bytes before the first", info(offset=32), data=two)
+    t("offset-past-end", "Hole", "the first, behind the end of the file", info(offset=2**40))
+    t("offset-huge", "Misaligned", "2^64 - 6, so that the end wraps for those who add 8", info(offset=2**64 - 6))
+    t("offset-wraps", "TensorPastEnd", "the end wraps to 32", info(shape=(16,), offset=2**64 - 32), data=b"x" * 64)
+    t("data-short", "TensorPastEnd", "the last byte is missing", info(), data=four[:3])
+    t("data-missing", "TensorPastEnd", "all of it is missing", info(), data=b"")
+    t("data-missing-with-padding", "NoRoomForPadding", "and the padding in front of it", info(), data=None)
+    t("data-long", "TrailingBytes", "a byte behind the last padding", info(), data=padded(four) + b"x")
+    t("data-file-behind", "TrailingBytes", "a file behind the file", info(), data=padded(four) + sound)
+    t("data-without-tensors", "TrailingBytes", "bytes and no tensor to own them", data=b"x")
+
 
 safetensors_cases()
 perturbation_cases()
 index_cases()
+gguf_cases()
 print(sum(1 for path in OUT.rglob("*") if path.is_file()), "files")

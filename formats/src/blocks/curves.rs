@@ -1,38 +1,46 @@
 //! Blocks of 32 indices into a fixed curve of 16 values: read only.
 
-use super::half_at;
+use super::{ReadBlock, half_at};
 
 /// IQ4_NL: `d` f16, then 16 bytes of indices. A value is `d` times the curve's.
-#[inline(always)]
-pub(super) fn read_iq4_nl(block: &[u8; 18], out: &mut [f32; 32]) {
-    let d = half_at(block, 0);
-    look_up(&IQ4_NL.map(|level| d * level), &block[2..], out);
+pub(super) struct Iq4Nl;
+
+impl ReadBlock<18, 32> for Iq4Nl {
+    #[inline(always)]
+    fn read(block: &[u8; 18], out: &mut [f32; 32]) {
+        let d = half_at(block, 0);
+        look_up(d, &IQ4_NL, &block[2..], out);
+    }
 }
 
 /// MXFP4: the exponent of the scale 2^(e - 127), then 16 bytes of indices.
 ///
 /// The exponent 255, which the OCP's specification makes NaN, is read as the number that it would be otherwise, as llama.cpp does.
-#[inline(always)]
-pub(super) fn read_mxfp4(block: &[u8; 17], out: &mut [f32; 32]) {
-    // Half of the scale, because the levels are doubled.
-    let half_scale = match u32::from(block[0]) {
-        exponent @ 0..2 => f32::from_bits(0x0020_0000 << exponent), // subnormal
-        exponent => f32::from_bits((exponent - 1) << 23),
-    };
-    look_up(
-        &FP4_DOUBLED.map(|level| half_scale * level),
-        &block[1..],
-        out,
-    );
+pub(super) struct Mxfp4;
+
+impl ReadBlock<17, 32> for Mxfp4 {
+    #[inline(always)]
+    fn read(block: &[u8; 17], out: &mut [f32; 32]) {
+        // Half of the scale, because the levels are doubled.
+        let half_scale = match u32::from(block[0]) {
+            exponent @ 0..2 => f32::from_bits(0x0020_0000 << exponent), // subnormal
+            exponent => f32::from_bits((exponent - 1) << 23),
+        };
+        look_up(half_scale, &FP4_DOUBLED, &block[1..], out);
+    }
 }
 
-/// Value `i` is found by the lower half of byte `i`, value `i + 16` by the upper.
+/// Values of the curve, times `scale`. Value `i` is found by the lower half of byte `i`, value `i + 16` by the upper.
 #[inline(always)]
-fn look_up(curve: &[f32; 16], indices: &[u8], out: &mut [f32; 32]) {
+fn look_up(scale: f32, curve: &[f32; 16], indices: &[u8], out: &mut [f32; 32]) {
+    let mut scaled = *curve;
+    for value in &mut scaled {
+        *value *= scale;
+    }
     let (lower, upper) = out.split_at_mut(16);
     for ((lower, upper), byte) in lower.iter_mut().zip(upper).zip(indices) {
-        *lower = curve[usize::from(byte & 15)];
-        *upper = curve[usize::from(byte >> 4)];
+        *lower = scaled[usize::from(byte & 15)];
+        *upper = scaled[usize::from(byte >> 4)];
     }
 }
 

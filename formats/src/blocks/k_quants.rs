@@ -13,8 +13,8 @@ mod read;
 mod search;
 mod write;
 
-pub(super) use read::{read_q2, read_q3, read_q4, read_q5, read_q6};
-pub(super) use write::{write_q2, write_q3, write_q4, write_q5, write_q6};
+pub(super) use read::{Q2K, Q3K, Q4K, Q5K, Q6K};
+pub(super) use write::write;
 
 /// Values in a block.
 const VALUES: usize = 256;

@@ -6,131 +6,157 @@
 //! A scale so small that its reciprocal is infinite (values below 2^-120 or so) is stored as 0. All levels of such a block are 0 too,
 //! because x86-64 converts what is out of an integer's range so; AArch64 does not.
 
-use super::{half_at, put_half};
+use super::{ReadBlock, WriteBlock, half_at, put_half};
 
 const VALUES: usize = 32;
 const HALF: usize = VALUES / 2;
 
 /// `d * (level - 8)`
-#[inline(always)]
-pub(super) fn read_q4_0(block: &[u8; 18], out: &mut [f32; VALUES]) {
-    let d = half_at(block, 0);
-    nibbles(&block[2..], out, |level| {
-        f32::from(level.cast_signed() - 8) * d
-    });
-}
+pub(crate) struct Q4Zero;
 
-/// `d * level + m`
-#[inline(always)]
-pub(super) fn read_q4_1(block: &[u8; 20], out: &mut [f32; VALUES]) {
-    let (d, m) = (half_at(block, 0), half_at(block, 2));
-    nibbles(&block[4..], out, |level| f32::from(level) * d + m);
-}
-
-/// `d * (level - 16)`
-#[inline(always)]
-pub(super) fn read_q5_0(block: &[u8; 22], out: &mut [f32; VALUES]) {
-    let d = half_at(block, 0);
-    for (value, level) in out.iter_mut().zip(five_bits(&block[2..6], &block[6..])) {
-        *value = f32::from(level.cast_signed() - 16) * d;
+impl ReadBlock<18, VALUES> for Q4Zero {
+    #[inline(always)]
+    fn read(block: &[u8; 18], out: &mut [f32; VALUES]) {
+        let d = half_at(block, 0);
+        for (value, level) in out.iter_mut().zip(nibbles(&block[2..])) {
+            *value = f32::from(level.cast_signed() - 8) * d;
+        }
     }
 }
 
 /// `d * level + m`
-#[inline(always)]
-pub(super) fn read_q5_1(block: &[u8; 24], out: &mut [f32; VALUES]) {
-    let (d, m) = (half_at(block, 0), half_at(block, 2));
-    for (value, level) in out.iter_mut().zip(five_bits(&block[4..8], &block[8..])) {
-        *value = f32::from(level) * d + m;
+pub(crate) struct Q4One;
+
+impl ReadBlock<20, VALUES> for Q4One {
+    #[inline(always)]
+    fn read(block: &[u8; 20], out: &mut [f32; VALUES]) {
+        let (d, m) = (half_at(block, 0), half_at(block, 2));
+        for (value, level) in out.iter_mut().zip(nibbles(&block[4..])) {
+            *value = f32::from(level) * d + m;
+        }
+    }
+}
+
+/// `d * (level - 16)`
+pub(crate) struct Q5Zero;
+
+impl ReadBlock<22, VALUES> for Q5Zero {
+    #[inline(always)]
+    fn read(block: &[u8; 22], out: &mut [f32; VALUES]) {
+        let d = half_at(block, 0);
+        for (value, level) in out.iter_mut().zip(five_bits(&block[2..6], &block[6..])) {
+            *value = f32::from(level.cast_signed() - 16) * d;
+        }
+    }
+}
+
+/// `d * level + m`
+pub(crate) struct Q5One;
+
+impl ReadBlock<24, VALUES> for Q5One {
+    #[inline(always)]
+    fn read(block: &[u8; 24], out: &mut [f32; VALUES]) {
+        let (d, m) = (half_at(block, 0), half_at(block, 2));
+        for (value, level) in out.iter_mut().zip(five_bits(&block[4..8], &block[8..])) {
+            *value = f32::from(level) * d + m;
+        }
     }
 }
 
 /// `d * level`
-#[inline(always)]
-pub(super) fn read_q8_0(block: &[u8; 34], out: &mut [f32; VALUES]) {
-    let d = half_at(block, 0);
-    for (value, level) in out.iter_mut().zip(&block[2..]) {
-        *value = f32::from(level.cast_signed()) * d;
+pub(crate) struct Q8Zero;
+
+impl ReadBlock<34, VALUES> for Q8Zero {
+    #[inline(always)]
+    fn read(block: &[u8; 34], out: &mut [f32; VALUES]) {
+        let d = half_at(block, 0);
+        let mut levels = [0; VALUES];
+        levels.copy_from_slice(&block[2..]);
+        for (value, level) in out.iter_mut().zip(levels) {
+            *value = f32::from(level.cast_signed()) * d;
+        }
     }
 }
 
-/// The value that is farthest from 0 becomes level 0: on its side of 0 there is one level more.
-#[inline(always)]
-pub(super) fn write_q4_0(values: &[f32; VALUES], block: &mut [u8; 18]) {
-    let d = farthest(values) / -8.0;
-    put_half(block, 0, d);
-    let (inverse, offset) = match reciprocal(d) {
-        Some(inverse) => (inverse, 8.5),
-        None => (0.0, 0.0),
-    };
-    put_nibbles(
-        &mut block[2..],
-        &values.map(|x| level(x * inverse + offset, 15)),
-    );
-}
-
-#[inline(always)]
-pub(super) fn write_q4_1(values: &[f32; VALUES], block: &mut [u8; 20]) {
-    let (least, most) = range(values);
-    let d = (most - least) / 15.0;
-    put_half(block, 0, d);
-    put_half(block, 2, least);
-    let inverse = reciprocal(d).unwrap_or(0.0);
-    let levels = values.map(|x| level((x - least) * inverse + 0.5, 15));
-    put_nibbles(&mut block[4..], &levels);
-}
-
-/// As Q4_0, with twice the levels.
-#[inline(always)]
-pub(super) fn write_q5_0(values: &[f32; VALUES], block: &mut [u8; 22]) {
-    let d = farthest(values) / -16.0;
-    put_half(block, 0, d);
-    let (inverse, offset) = match reciprocal(d) {
-        Some(inverse) => (inverse, 16.5),
-        None => (0.0, 0.0),
-    };
-    put_five_bits(
-        &mut block[2..],
-        &values.map(|x| level(x * inverse + offset, 31)),
-    );
-}
-
-#[inline(always)]
-pub(super) fn write_q5_1(values: &[f32; VALUES], block: &mut [u8; 24]) {
-    let (least, most) = range(values);
-    let d = (most - least) / 31.0;
-    put_half(block, 0, d);
-    put_half(block, 2, least);
-    let inverse = reciprocal(d).unwrap_or(0.0);
-    let levels = values.map(|x| level((x - least) * inverse + 0.5, 31));
-    put_five_bits(&mut block[4..], &levels);
-}
-
-/// Rounded to the nearest level, halves away from zero.
-#[inline(always)]
-pub(super) fn write_q8_0(values: &[f32; VALUES], block: &mut [u8; 34]) {
-    let d = f32::from_bits(largest_magnitude(values)) / 127.0;
-    put_half(block, 0, d);
-    let inverse = reciprocal(d).unwrap_or(0.0);
-    for (level, x) in block[2..].iter_mut().zip(values) {
-        // At most 127.00001 on either side.
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "saturates, and is 0 for NaN"
-        )]
-        let rounded = (x * inverse).round() as i8;
-        *level = rounded.cast_unsigned();
+impl WriteBlock<18, VALUES> for Q4Zero {
+    /// The value that is farthest from 0 becomes level 0: on its side of 0 there is one level more.
+    #[inline(always)]
+    fn write(values: &[f32; VALUES], block: &mut [u8; 18]) {
+        let d = farthest(values) / -8.0;
+        put_half(block, 0, d);
+        let (inverse, offset) = match reciprocal(d) {
+            Some(inverse) => (inverse, 8.5),
+            None => (0.0, 0.0),
+        };
+        put_nibbles(&mut block[2..], &levels(values, 0.0, inverse, offset, 15));
     }
 }
 
-/// Value `i` of the lower half of byte `i`, value `i + 16` of the upper.
-#[inline(always)]
-fn nibbles(levels: &[u8], out: &mut [f32; VALUES], value: impl Fn(u8) -> f32) {
-    let (lower, upper) = out.split_at_mut(HALF);
-    for ((lower, upper), &byte) in lower.iter_mut().zip(upper).zip(levels) {
-        *lower = value(byte & 15);
-        *upper = value(byte >> 4);
+impl WriteBlock<20, VALUES> for Q4One {
+    #[inline(always)]
+    fn write(values: &[f32; VALUES], block: &mut [u8; 20]) {
+        let (least, most) = range(values);
+        let d = (most - least) / 15.0;
+        put_half(block, 0, d);
+        put_half(block, 2, least);
+        let inverse = reciprocal(d).unwrap_or(0.0);
+        let levels = levels(values, least, inverse, 0.5, 15);
+        put_nibbles(&mut block[4..], &levels);
     }
+}
+
+impl WriteBlock<22, VALUES> for Q5Zero {
+    /// As Q4_0, with twice the levels.
+    #[inline(always)]
+    fn write(values: &[f32; VALUES], block: &mut [u8; 22]) {
+        let d = farthest(values) / -16.0;
+        put_half(block, 0, d);
+        let (inverse, offset) = match reciprocal(d) {
+            Some(inverse) => (inverse, 16.5),
+            None => (0.0, 0.0),
+        };
+        put_five_bits(&mut block[2..], &levels(values, 0.0, inverse, offset, 31));
+    }
+}
+
+impl WriteBlock<24, VALUES> for Q5One {
+    #[inline(always)]
+    fn write(values: &[f32; VALUES], block: &mut [u8; 24]) {
+        let (least, most) = range(values);
+        let d = (most - least) / 31.0;
+        put_half(block, 0, d);
+        put_half(block, 2, least);
+        let inverse = reciprocal(d).unwrap_or(0.0);
+        let levels = levels(values, least, inverse, 0.5, 31);
+        put_five_bits(&mut block[4..], &levels);
+    }
+}
+
+impl WriteBlock<34, VALUES> for Q8Zero {
+    /// Rounded to the nearest level, halves away from zero.
+    #[inline(always)]
+    fn write(values: &[f32; VALUES], block: &mut [u8; 34]) {
+        let d = f32::from_bits(largest_magnitude(values)) / 127.0;
+        put_half(block, 0, d);
+        let inverse = reciprocal(d).unwrap_or(0.0);
+        let mut levels = [0; VALUES];
+        for (level, x) in levels.iter_mut().zip(values) {
+            // At most 127.00001 on either side before.
+            *level = whole_byte((x * inverse).round());
+        }
+        block[2..].copy_from_slice(&levels);
+    }
+}
+
+/// The lower halves of 16 bytes, then the upper.
+#[inline(always)]
+fn nibbles(bytes: &[u8]) -> [u8; VALUES] {
+    let mut levels = [0; VALUES];
+    for i in 0..HALF {
+        levels[i] = bytes[i] & 15;
+        levels[i + HALF] = bytes[i] >> 4;
+    }
+    levels
 }
 
 #[inline(always)]
@@ -143,12 +169,8 @@ fn put_nibbles(bytes: &mut [u8], levels: &[u8; VALUES]) {
 
 /// Levels of which the fifth bits are those of a little-endian integer, in the order of the values.
 #[inline(always)]
-fn five_bits(fifth: &[u8], nibbles: &[u8]) -> [u8; VALUES] {
-    let mut levels = [0; VALUES];
-    for i in 0..HALF {
-        levels[i] = nibbles[i] & 15;
-        levels[i + HALF] = nibbles[i] >> 4;
-    }
+fn five_bits(fifth: &[u8], lower: &[u8]) -> [u8; VALUES] {
+    let mut levels = nibbles(lower);
     for i in 0..VALUES {
         levels[i] |= (fifth[i / 8] >> (i % 8) & 1) << 4;
     }
@@ -176,14 +198,25 @@ fn reciprocal(d: f32) -> Option<f32> {
     }
 }
 
-/// `x` without its fraction, at most `most`. `x` is not below 0.
+/// `(x - least) * inverse + offset` without its fraction, at most `most`, for each value; not below 0 for those of the block.
+///
+/// A loop, not a `map`: that one is not inlined, and would be compiled without the caller's vector instructions.
 #[inline(always)]
-fn level(x: f32, most: i32) -> u8 {
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "saturates, and is 0 for NaN"
-    )]
-    super::low_byte((x as i32).min(most))
+fn levels(values: &[f32; VALUES], least: f32, inverse: f32, offset: f32, most: u8) -> [u8; VALUES] {
+    let mut levels = [0; VALUES];
+    for (level, x) in levels.iter_mut().zip(values) {
+        *level = whole_byte(((x - least) * inverse + offset).trunc()).min(most);
+    }
+    levels
+}
+
+/// The lowest 8 bits of a whole number between -2^22 and 2^22, negative ones in two's complement; 0 for the NaN of 0 * infinity.
+///
+/// The sum is between 2^23 and 2^24, where the last bit of a float counts ones. A conversion by `as` saturates, which does not
+/// vectorize.
+#[inline(always)]
+fn whole_byte(whole: f32) -> u8 {
+    (whole + 12_582_912.0).to_bits().to_le_bytes()[0]
 }
 
 /// The bits of the largest magnitude: numbers without a sign are ordered as their bits are, and integers have a maximum that

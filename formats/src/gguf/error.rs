@@ -6,6 +6,7 @@ use thiserror::Error;
 
 use super::decode::MAX_ARRAY_DEPTH;
 use super::header::{ALIGNMENT, MAX_TENSOR_DIMENSIONS, MAX_TENSOR_NAME};
+use super::split::{SPLIT_COUNT, SPLIT_NUMBER};
 use crate::dtype::Dtype;
 use crate::error::shown;
 
@@ -111,6 +112,12 @@ pub enum GgufError {
         /// Length of the file.
         found: usize,
     },
+    /// A part that does not say which it is, or how many tensors there are in all.
+    #[error("it has `{SPLIT_COUNT}` and no `{key}`")]
+    NoSplitKey {
+        /// The key.
+        key: &'static str,
+    },
     /// A byte that is neither of the two that a truth value can be.
     #[error("{place} has a truth value of {found}, neither 0 nor 1")]
     NoTruthValue {
@@ -162,6 +169,14 @@ pub enum GgufError {
         tensor: String,
         /// Its dimensions, outermost first.
         shape: Vec<u64>,
+    },
+    /// A part behind the last.
+    #[error("`{SPLIT_NUMBER}` is {number}, and there are {count} parts, counted from 0")]
+    SplitNumber {
+        /// Its number.
+        number: u16,
+        /// How many there are.
+        count: u16,
     },
     /// A tensor that ends behind the file.
     #[error(

@@ -53,7 +53,7 @@ pub enum Array {
     /// Type 8.
     Text(Vec<String>),
     /// Type 9.
-    Array(Vec<Array>),
+    Array(Vec<Self>),
     /// Type 10.
     U64(Vec<u64>),
     /// Type 11.

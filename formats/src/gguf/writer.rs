@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 
+use super::decode::MAX_ARRAY_DEPTH;
 use super::error::GgufError;
 use super::header::{
     MAGIC, MAX_TENSOR_DIMENSIONS, MAX_TENSOR_NAME, Unsized, VERSION, alignment, padded, size,
@@ -68,6 +69,8 @@ impl TensorInfo {
                 found: shape.len(),
             });
         }
+        // Of no type nothing but an overflow of the elements can be wrong.
+        size(shape, None).map_err(|_| GgufWriteError::TooLong)?;
         Ok(Self {
             name: name.to_owned(),
             type_number,
@@ -100,7 +103,8 @@ impl GgufLayout {
     /// Lays out a file with `metadata` and `tensors`, aligned as `general.alignment` says, or to 32 bytes.
     ///
     /// # Errors
-    /// When the alignment is none, a tensor comes twice, or the file is longer than can be addressed.
+    /// When the alignment is none, a key is empty, a value is inside of more than [`MAX_ARRAY_DEPTH`] arrays, a tensor comes twice,
+    /// or the file is longer than can be addressed.
     pub fn new(metadata: &Metadata, tensors: &[TensorInfo]) -> Result<Self, GgufWriteError> {
         let alignment = alignment(metadata).map_err(GgufWriteError::Alignment)?;
         let mut names: Vec<&str> = tensors.iter().map(TensorInfo::name).collect();
@@ -115,6 +119,17 @@ impl GgufLayout {
         put_length(tensors.len(), &mut header);
         put_length(metadata.iter().len(), &mut header);
         for (key, value) in metadata.iter() {
+            if key.is_empty() {
+                return Err(GgufWriteError::EmptyKey);
+            }
+            if value
+                .as_array()
+                .is_some_and(|it| depth(it) > MAX_ARRAY_DEPTH)
+            {
+                return Err(GgufWriteError::TooDeep {
+                    key: key.to_owned(),
+                });
+            }
             put_text(key, &mut header);
             header.extend(value.value_type().number().to_le_bytes());
             put_value(value, &mut header);
@@ -170,6 +185,14 @@ impl GgufLayout {
     /// The length of the file.
     pub fn length(&self) -> usize {
         self.length
+    }
+}
+
+/// How many arrays are around the innermost value.
+fn depth(array: &Array) -> usize {
+    match array {
+        Array::Array(arrays) => 1 + arrays.iter().map(depth).max().unwrap_or(0),
+        _ => 1,
     }
 }
 
@@ -260,6 +283,9 @@ pub enum GgufWriteError {
         /// The name.
         name: String,
     },
+    /// A key without a character.
+    #[error("a key of the metadata is empty")]
+    EmptyKey,
     /// A name that no reader takes.
     #[error(
         "the name `{}` has {} bytes, and {MAX_TENSOR_NAME} are the most",
@@ -269,6 +295,15 @@ pub enum GgufWriteError {
     NameTooLong {
         /// The name.
         name: String,
+    },
+    /// Arrays in arrays beyond [`MAX_ARRAY_DEPTH`].
+    #[error(
+        "the value of `{}` has more than {MAX_ARRAY_DEPTH} arrays in each other",
+        shown(key)
+    )]
+    TooDeep {
+        /// The key.
+        key: String,
     },
     /// A file longer than can be addressed.
     #[error("the file would be longer than can be addressed")]
@@ -396,5 +431,30 @@ mod tests {
         let mut metadata = Metadata::default();
         metadata.set("general.alignment", Value::U32(33));
         assert!(GgufLayout::new(&metadata, &[]).is_err());
+    }
+
+    #[test]
+    fn metadata_is_written_if_and_only_if_it_is_read_again() {
+        let nested = |depth: usize| {
+            let innermost = Array::U8(vec![1]);
+            Value::Array((1..depth).fold(innermost, |it, _| Array::Array(vec![it])))
+        };
+        for (key, value, written) in [
+            ("k", nested(MAX_ARRAY_DEPTH), true),
+            ("k", nested(MAX_ARRAY_DEPTH + 1), false),
+            ("k", Value::U8(1), true),
+            ("", Value::U8(1), false),
+        ] {
+            let mut metadata = Metadata::default();
+            metadata.set(key, value);
+            let layout = GgufLayout::new(&metadata, &[]);
+            assert_eq!(layout.is_ok(), written, "{metadata:?}");
+            if let Ok(layout) = layout {
+                let read = GgufFile::from_bytes(Path::new("written"), layout.header().to_vec());
+                assert_eq!(read.unwrap().metadata(), &metadata);
+            }
+        }
+        assert!(TensorInfo::raw("a", 999, &[usize::MAX, 2], 0).is_err());
+        assert!(TensorInfo::raw("a", 999, &[usize::MAX, 2, 0], 0).is_err());
     }
 }

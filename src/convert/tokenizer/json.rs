@@ -22,8 +22,8 @@ pub struct TokenizerTexts {
 
 /// Writes a tokenizer that gives the ids that llama.cpp gives with `metadata`.
 ///
-/// Every token stands in the vocabulary under its id; those that llama.cpp finds in texts as they stand (control tokens, the unknown token,
-/// user-defined ones) are added tokens, too.
+/// Those that llama.cpp finds in texts as they stand (control tokens, the unknown token, user-defined ones) are added tokens. Tokens that fill up
+/// the model's embedding, the last ones and called `[PAD5]`, are left out.
 ///
 /// # Errors
 /// [`TokenizerError`] when a key is missing, of a wrong type, contradicts another, or names what is not known here.
@@ -119,11 +119,23 @@ fn tokenizer(vocabulary: &Vocabulary<'_>) -> Result<String, TokenizerError> {
             fuse_unk: parts.pieces,
             byte_fallback: parts.pieces,
             ignore_merges: parts.ignore_merges,
-            vocab: Ids(&vocabulary.tokens),
+            vocab: Ids(of_model(&vocabulary.tokens)),
             merges: parts.merges,
         },
     };
     serde_json::to_string(&tokenizer).map_err(TokenizerError::Unwritable)
+}
+
+/// Tokens that the model itself has to know: not those that only fill up the embedding, nor added ones behind all others, which get the ids
+/// that follow.
+fn of_model<'v, 'a>(tokens: &'v [Token<'a>]) -> &'v [Token<'a>] {
+    let filling = |id: usize, token: &Token<'_>| {
+        token.role == Role::Unused && token.text == format!("[PAD{id}]")
+    };
+    let used = tokens.iter().enumerate().rev();
+    let used = used.skip_while(|(id, token)| filling(*id, token));
+    let known = used.skip_while(|(_, token)| token.role.is_found()).count();
+    tokens.get(..known).unwrap_or(tokens)
 }
 
 /// What a scheme decides.
@@ -191,7 +203,7 @@ fn sequence(of: &str, steps: impl Iterator<Item = Value>) -> Value {
 fn added_tokens<'a>(vocabulary: &'a Vocabulary<'_>) -> Vec<AddedToken<'a>> {
     let tokens = vocabulary.tokens.iter().enumerate();
     tokens
-        .filter(|(_, token)| token.role != Role::Ordinary)
+        .filter(|(_, token)| token.role.is_found())
         .map(|(id, token)| AddedToken {
             id,
             content: &token.text,

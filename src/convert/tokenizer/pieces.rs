@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use super::error::TokenizerError;
-use super::vocabulary::{Role, Token};
+use super::vocabulary::Token;
 
 /// Every way to make an ordinary token from two others, the highest score first; of one token, the longest left part first.
 ///
@@ -20,7 +20,7 @@ pub(super) fn merges<'a>(
         tokens
             .iter()
             .enumerate()
-            .filter(|(_, token)| token.role == Role::Ordinary)
+            .filter(|(_, token)| !token.role.is_found())
     };
     let ids: HashMap<&str, usize> = ordinary()
         .map(|(id, token)| (token.text.as_ref(), id))

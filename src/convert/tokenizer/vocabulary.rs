@@ -32,12 +32,21 @@ pub(super) struct Token<'a> {
 /// What a token is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
-    /// Made from text by merges; a single byte; or not used at all.
+    /// Made from text by merges, or a single byte.
     Ordinary,
+    /// Not meant to be used, though merges may make it: most are there to fill up the model's embedding.
+    Unused,
     /// Found in texts as it stands, before anything else; nothing to say.
     Control,
     /// Found in texts likewise; a text like others.
     UserDefined,
+}
+
+impl Role {
+    /// Whether the token is found in texts as it stands, before anything else.
+    pub(super) fn is_found(self) -> bool {
+        matches!(self, Self::Control | Self::UserDefined)
+    }
 }
 
 /// How text becomes tokens.
@@ -105,7 +114,7 @@ impl<'a> Vocabulary<'a> {
         let special = Special::read(metadata, texts.len(), defaults)?;
         let phi3 = text(metadata, NAME)?.is_some_and(is_phi3);
         let token = |(text, role): (Cow<'a, str>, Role)| Token {
-            swallows_space: phi3 && role != Role::Ordinary && !PHI3_KEEPS.contains(&text.as_ref()),
+            swallows_space: phi3 && role.is_found() && !PHI3_KEEPS.contains(&text.as_ref()),
             text,
             role,
         };
@@ -269,6 +278,7 @@ fn roles(metadata: &Metadata, texts: &[Cow<'_, str>]) -> Result<Vec<Role>, Token
         2 | 3 => Role::Control,
         4 => Role::UserDefined,
         _ if control.contains(&text.as_ref()) => Role::Control,
+        5 => Role::Unused,
         _ => Role::Ordinary,
     };
     Ok(texts.iter().zip(types).map(role).collect())

@@ -323,7 +323,7 @@ fn head_matrix(
 }
 
 #[inline(always)]
-fn soft_cap(scores: &mut [f32], cap: f32) {
+pub(super) fn soft_cap(scores: &mut [f32], cap: f32) {
     for s in scores {
         *s = cap * tanh(*s / cap);
     }
@@ -331,7 +331,7 @@ fn soft_cap(scores: &mut [f32], cap: f32) {
 
 /// Turns the scores in `seen` into probabilities, the others into 0; returns the log-sum-exp.
 #[inline(always)]
-fn softmax(row: &mut [f32], seen: Range<usize>) -> f32 {
+pub(super) fn softmax(row: &mut [f32], seen: Range<usize>) -> f32 {
     let scores = &mut row[seen.clone()];
     let top = max(scores);
     let mut sum = 0.0;

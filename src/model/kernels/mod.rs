@@ -8,6 +8,8 @@
 //! kernels here give the same bits on every instruction set.
 
 pub(crate) mod attention;
+pub(crate) mod cached;
+pub(crate) mod dots;
 pub(crate) mod glu;
 pub(crate) mod norm;
 pub(crate) mod rope;

@@ -28,19 +28,39 @@ impl Rotations {
     /// Makes room for the sequences that begin at `starts` (the last one is where the last sequence ends), and notes where in its
     /// own sequence each token stands. The angles are `position * inverse[i]`, computed in f32 as transformers does.
     pub(crate) fn prepare(&mut self, frequencies: &Frequencies, starts: &[usize]) {
-        let lengths = || starts.windows(2).map(|pair| pair[1] - pair[0]);
-        let longest = lengths().max().unwrap_or(0);
+        let lengths = starts.windows(2).map(|pair| pair[1] - pair[0]);
+        let places = lengths
+            .clone()
+            .flat_map(|length| (0..length).map(move |position| (position, length)));
+        self.place(frequencies, lengths.max(), places);
+    }
+
+    /// As [`Self::prepare`], for the last token alone of sequences of these `lengths`.
+    pub(crate) fn prepare_last(&mut self, frequencies: &Frequencies, lengths: &[usize]) {
+        let places = lengths.iter().map(|&length| (length - 1, length));
+        self.place(frequencies, lengths.iter().copied().max(), places);
+    }
+
+    /// Notes each token's row, given its position and its sequence's length.
+    fn place(
+        &mut self,
+        frequencies: &Frequencies,
+        longest: Option<usize>,
+        places: impl Iterator<Item = (usize, usize)>,
+    ) {
+        let longest = longest.unwrap_or(0);
         if self.positions < longest {
             self.fill(frequencies, longest.next_multiple_of(128));
         }
+        let first_of_long = self.positions;
         self.rows.clear();
-        for length in lengths() {
-            let first = match &frequencies.long {
-                Some((above, _)) if length > *above => self.positions,
+        self.rows.extend(places.map(|(position, length)| {
+            let first = match frequencies.switches_above() {
+                Some(above) if length > above => first_of_long,
                 _ => 0,
             };
-            self.rows.extend(first..first + length);
-        }
+            first + position
+        }));
     }
 
     fn fill(&mut self, frequencies: &Frequencies, positions: usize) {

@@ -90,10 +90,23 @@ impl<S: Simd> Lanes<S> {
 }
 
 impl<S: Simd> Mask<S> {
+    /// Whether it is so for any lane.
+    #[inline(always)]
+    pub(super) fn any(self) -> bool {
+        self.simd.first_true_m32s(self.lanes) != S::F32_LANES
+    }
+
     #[inline(always)]
     pub(super) fn and(self, other: Self) -> Self {
         let simd = self.simd;
         let lanes = simd.and_m32s(self.lanes, other.lanes);
+        Self { simd, lanes }
+    }
+
+    #[inline(always)]
+    pub(super) fn and_not(self, other: Self) -> Self {
+        let simd = self.simd;
+        let lanes = simd.and_m32s(self.lanes, simd.not_m32s(other.lanes));
         Self { simd, lanes }
     }
 

@@ -3,30 +3,69 @@
 //! What the search found for the sub-blocks is rounded to the few bits of their scales; then every value is rounded anew, with the scale
 //! as it will be read. A sub-block whose scale came out as 0 keeps the levels of the search, as in llama.cpp.
 
+use std::marker::PhantomData;
+
 use pulp::{Simd, WithSimd};
 
 use super::super::{low_byte, put_half};
 use super::search::{
     ALL_ZERO, Absolute, Candidates, Columns, Found, GROUP, Squared, of_q3, of_q6, with_minimums,
 };
-use super::{VALUES, nearest, pack_pairs_of_6_bits, pack_scales_of_6_bits};
+use super::{
+    Q2K, Q3K, Q4K, Q5K, Q6K, VALUES, nearest, pack_pairs_of_6_bits, pack_scales_of_6_bits,
+};
 
-/// Levels 0 to 3, times a scale of 4 bits, less a minimum of 4 bits.
-pub(crate) fn write_q2(values: &[f32], out: &mut [u8]) {
-    pulp::Arch::new().dispatch(Q2 { values, out });
+/// A type whose blocks are written by a search over 16 sub-blocks at once.
+pub(crate) trait WriteBlocks<const BYTES: usize> {
+    /// How many blocks have 16 sub-blocks.
+    const BLOCKS: usize;
+
+    /// Writes so many blocks, or fewer where the values end.
+    ///
+    /// Called again and again: `inline(always)`, so that it is compiled for the caller's instruction set.
+    fn write<S: Simd>(simd: S, values: &[[f32; VALUES]], out: &mut [[u8; BYTES]]);
 }
 
-struct Q2<'a> {
-    values: &'a [f32],
-    out: &'a mut [u8],
+/// Writes whole blocks, on the best instruction set of the processor.
+pub(crate) fn write<T: WriteBlocks<BYTES>, const BYTES: usize>(values: &[f32], out: &mut [u8]) {
+    pulp::Arch::new().dispatch(Write::<T, BYTES>::new(values, out));
 }
 
-impl WithSimd for Q2<'_> {
+struct Write<'a, T, const BYTES: usize> {
+    of: PhantomData<T>,
+    values: &'a [[f32; VALUES]],
+    out: &'a mut [[u8; BYTES]],
+}
+
+impl<'a, T, const BYTES: usize> Write<'a, T, BYTES> {
+    fn new(values: &'a [f32], out: &'a mut [u8]) -> Self {
+        let of = PhantomData;
+        let (values, out) = (values.as_chunks().0, out.as_chunks_mut().0);
+        Self { of, values, out }
+    }
+}
+
+impl<T: WriteBlocks<BYTES>, const BYTES: usize> WithSimd for Write<'_, T, BYTES> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (values, out) = (self.values.as_chunks().0, self.out.as_chunks_mut().0);
+        let (values, out) = (
+            self.values.chunks(T::BLOCKS),
+            self.out.chunks_mut(T::BLOCKS),
+        );
+        for (values, out) in values.zip(out) {
+            T::write(simd, values, out);
+        }
+    }
+}
+
+/// Levels 0 to 3, times a scale of 4 bits, less a minimum of 4 bits.
+impl WriteBlocks<84> for Q2K {
+    const BLOCKS: usize = 1;
+
+    #[inline(always)]
+    fn write<S: Simd>(simd: S, values: &[[f32; VALUES]], out: &mut [[u8; 84]]) {
         for (values, out) in values.iter().zip(out) {
             let found = with_minimums::<S, Absolute, 16>(simd, &columns(values), &CANDIDATES_Q2);
             write_q2_block(values, &found, out);
@@ -77,21 +116,11 @@ fn write_q2_block(values: &[f32; VALUES], found: &Found<16>, block: &mut [u8; 84
 }
 
 /// Levels -4 to 3, times a scale of 6 bits.
-pub(crate) fn write_q3(values: &[f32], out: &mut [u8]) {
-    pulp::Arch::new().dispatch(Q3 { values, out });
-}
-
-struct Q3<'a> {
-    values: &'a [f32],
-    out: &'a mut [u8],
-}
-
-impl WithSimd for Q3<'_> {
-    type Output = ();
+impl WriteBlocks<110> for Q3K {
+    const BLOCKS: usize = 1;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (values, out) = (self.values.as_chunks().0, self.out.as_chunks_mut().0);
+    fn write<S: Simd>(simd: S, values: &[[f32; VALUES]], out: &mut [[u8; 110]]) {
         for (values, out) in values.iter().zip(out) {
             write_q3_block(values, &of_q3(simd, &columns(values)), out);
         }
@@ -132,27 +161,16 @@ fn write_q3_block(values: &[f32; VALUES], found: &Found<16>, block: &mut [u8; 11
 }
 
 /// Levels 0 to 15, times a scale of 6 bits, less a minimum of 6 bits.
-pub(crate) fn write_q4(values: &[f32], out: &mut [u8]) {
-    pulp::Arch::new().dispatch(Q4 { values, out });
-}
-
-struct Q4<'a> {
-    values: &'a [f32],
-    out: &'a mut [u8],
-}
-
-impl WithSimd for Q4<'_> {
-    type Output = ();
+impl WriteBlocks<144> for Q4K {
+    const BLOCKS: usize = 2;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (values, out) = (self.values.as_chunks().0, self.out.as_chunks_mut::<144>().0);
-        for (values, out) in values.chunks(2).zip(out.chunks_mut(2)) {
-            let found = with_minimums::<S, Squared, 32>(simd, &two(values), &CANDIDATES_Q4);
-            for (first, (values, out)) in values.iter().zip(out).enumerate() {
-                let levels = write_scales(values, &found, first * 8, 15, out);
-                put_four_bits(&mut out[16..], &levels);
-            }
+    fn write<S: Simd>(simd: S, values: &[[f32; VALUES]], out: &mut [[u8; 144]]) {
+        let columns = columns(values.as_flattened());
+        let found = with_minimums::<S, Squared, 32>(simd, &columns, &CANDIDATES_Q4);
+        for (i, (values, out)) in values.iter().zip(out).enumerate() {
+            let levels = write_scales(values, &found, i * 8, 15, out);
+            put_four_bits(&mut out[16..], &levels);
         }
     }
 }
@@ -165,28 +183,17 @@ const CANDIDATES_Q4: Candidates = Candidates {
 };
 
 /// Levels 0 to 31, times a scale of 6 bits, less a minimum of 6 bits.
-pub(crate) fn write_q5(values: &[f32], out: &mut [u8]) {
-    pulp::Arch::new().dispatch(Q5 { values, out });
-}
-
-struct Q5<'a> {
-    values: &'a [f32],
-    out: &'a mut [u8],
-}
-
-impl WithSimd for Q5<'_> {
-    type Output = ();
+impl WriteBlocks<176> for Q5K {
+    const BLOCKS: usize = 2;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (values, out) = (self.values.as_chunks().0, self.out.as_chunks_mut::<176>().0);
-        for (values, out) in values.chunks(2).zip(out.chunks_mut(2)) {
-            let found = with_minimums::<S, Squared, 32>(simd, &two(values), &CANDIDATES_Q5);
-            for (first, (values, out)) in values.iter().zip(out).enumerate() {
-                let levels = write_scales(values, &found, first * 8, 31, out);
-                put_upper_bit(&mut out[16..48], &levels, 4);
-                put_four_bits(&mut out[48..], &levels);
-            }
+    fn write<S: Simd>(simd: S, values: &[[f32; VALUES]], out: &mut [[u8; 176]]) {
+        let columns = columns(values.as_flattened());
+        let found = with_minimums::<S, Squared, 32>(simd, &columns, &CANDIDATES_Q5);
+        for (i, (values, out)) in values.iter().zip(out).enumerate() {
+            let levels = write_scales(values, &found, i * 8, 31, out);
+            put_upper_bit(&mut out[16..48], &levels, 4);
+            put_four_bits(&mut out[48..], &levels);
         }
     }
 }
@@ -246,21 +253,11 @@ fn write_scales<const BYTES: usize>(
 }
 
 /// Levels -32 to 31, times a scale of 8 bits.
-pub(crate) fn write_q6(values: &[f32], out: &mut [u8]) {
-    pulp::Arch::new().dispatch(Q6 { values, out });
-}
-
-struct Q6<'a> {
-    values: &'a [f32],
-    out: &'a mut [u8],
-}
-
-impl WithSimd for Q6<'_> {
-    type Output = ();
+impl WriteBlocks<210> for Q6K {
+    const BLOCKS: usize = 1;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (values, out) = (self.values.as_chunks().0, self.out.as_chunks_mut().0);
+    fn write<S: Simd>(simd: S, values: &[[f32; VALUES]], out: &mut [[u8; 210]]) {
         for (values, out) in values.iter().zip(out) {
             write_q6_block(values, &of_q6(simd, &columns(values)), out);
         }
@@ -293,10 +290,13 @@ fn write_q6_block(values: &[f32; VALUES], found: &Found<16>, block: &mut [u8; 21
             *low = levels[i] & 15 | levels[i + 64] << 4;
         }
     }
-    put_two_bits(&mut block[128..192], &levels.map(|level| level >> 4));
+    for level in &mut levels {
+        *level >>= 4;
+    }
+    put_two_bits(&mut block[128..192], &levels);
 }
 
-/// The values of 16 sub-blocks, side by side.
+/// The values of 16 sub-blocks, side by side; zeros in the place of those that are missing.
 #[inline(always)]
 fn columns<const N: usize>(values: &[f32]) -> Columns<N> {
     let mut columns = [[0.0; GROUP]; N];
@@ -306,12 +306,6 @@ fn columns<const N: usize>(values: &[f32]) -> Columns<N> {
         }
     }
     columns
-}
-
-/// The values of the 8 sub-blocks of each of two blocks; of one, with zeros beside it.
-#[inline(always)]
-fn two(values: &[[f32; VALUES]]) -> Columns<32> {
-    columns(values.as_flattened())
 }
 
 /// One sub-block's levels.
@@ -393,5 +387,44 @@ fn put_upper_bit(bytes: &mut [u8], levels: &[u8; VALUES], bit: u32) {
         for (part, levels) in levels.as_chunks::<32>().0.iter().enumerate() {
             *byte |= (levels[i] >> bit & 1) << part;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pulp::{Scalar, Scalar128b, Scalar256b, Scalar512b};
+
+    use super::*;
+
+    #[test]
+    fn registers_of_every_width_write_the_same_blocks() {
+        same_for_every_width::<Q2K, 84>();
+        same_for_every_width::<Q3K, 110>();
+        same_for_every_width::<Q4K, 144>();
+        same_for_every_width::<Q5K, 176>();
+        same_for_every_width::<Q6K, 210>();
+    }
+
+    /// 3 blocks, so that a group of 2 is once incomplete.
+    fn same_for_every_width<T: WriteBlocks<BYTES>, const BYTES: usize>() {
+        let values: Vec<f32> = (0..3 * 256_u16)
+            .map(|i| (f32::from(i) * 0.7).sin() * f32::from(i % 37) * 1e-3)
+            .collect();
+        let mut best = vec![0; 3 * BYTES];
+        write::<T, BYTES>(&values, &mut best);
+        assert!(best.iter().any(|&byte| byte != 0));
+        let check = |written: &[u8]| assert!(written == best, "{BYTES}");
+        let mut written = vec![0; 3 * BYTES];
+        Scalar.vectorize(Write::<T, BYTES>::new(&values, &mut written));
+        check(&written);
+        written.fill(0);
+        Scalar128b.vectorize(Write::<T, BYTES>::new(&values, &mut written));
+        check(&written);
+        written.fill(0);
+        Scalar256b.vectorize(Write::<T, BYTES>::new(&values, &mut written));
+        check(&written);
+        written.fill(0);
+        Scalar512b.vectorize(Write::<T, BYTES>::new(&values, &mut written));
+        check(&written);
     }
 }
