@@ -87,6 +87,15 @@ impl<'c> Conversion<'c> {
         for (key, value) in texts.tokenizer.iter() {
             metadata.set(key, value.clone());
         }
+        if !file_type.is_converters() {
+            // llama-quantize sets these two anew, and so they come last.
+            for key in ["general.quantization_version", "general.file_type"] {
+                if let Some(value) = metadata.value(key).cloned() {
+                    metadata.remove(key);
+                    metadata.set(key, value);
+                }
+            }
+        }
         let tensors = slots.into_iter().zip(types).map(|(slot, dtype)| Planned {
             name: slot.name,
             dtype,
