@@ -18,6 +18,7 @@ use panacea_patch::convert::{
 };
 use panacea_patch::model::{Decoder, Pack, TargetSelection};
 
+#[expect(dead_code, reason = "tensors are read by the code under test here")]
 mod common;
 use common::oracle;
 
