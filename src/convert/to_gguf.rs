@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use panacea_formats::gguf::{GgufLayout, GgufWriteError, Metadata, TensorInfo, Value};
+use panacea_formats::gguf::{
+    GgufLayout, GgufWriteError, Metadata, SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS, TensorInfo,
+    Value,
+};
 use panacea_formats::{Checkpoint, Layout, TensorView};
 
 use super::config::GgufConfig;
@@ -135,9 +138,9 @@ pub(super) fn files<'c>(
             else {
                 return Err(ConvertError::TooManyParts { parts: count });
             };
-            keys.set("split.no", Value::U16(part));
-            keys.set("split.count", Value::U16(parts));
-            keys.set("split.tensors.count", Value::I32(total));
+            keys.set(SPLIT_NUMBER, Value::U16(part));
+            keys.set(SPLIT_COUNT, Value::U16(parts));
+            keys.set(SPLIT_TENSORS, Value::I32(total));
             name = format!("{stem}-{:05}-of-{count:05}.gguf", i + 1);
         }
         let infos: Result<Vec<TensorInfo>, GgufWriteError> = tensors
