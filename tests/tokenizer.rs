@@ -1,6 +1,8 @@
 //! Tokenizers between a directory's files and a GGUF's metadata, judged by llama.cpp: by the ids that it gives texts, and by what its converter
 //! writes (testdata/gguf-tokenizers, see testdata/README.md).
 
+#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
