@@ -18,6 +18,7 @@ use panacea_patch::convert::{
 };
 use panacea_patch::model::{Decoder, Pack, TargetSelection};
 
+#[expect(dead_code, reason = "expected gradients are other tests' matter")]
 mod common;
 use common::oracle;
 
@@ -287,16 +288,12 @@ fn parts_hold_what_one_file_holds() {
 #[test]
 fn patched_tensors_are_at_least_as_fine_as_asked_for() {
     let directory = tempfile::tempdir().unwrap();
-    let patched = PatchedType::new(Dtype::Q8_0, "q_proj,down_proj".parse().unwrap());
-    let path = to_gguf("mixtral", "q4_0", Some(&patched), None, directory.path());
-    // Rows of 12 and 16 elements are no whole blocks.
-    let error = path.unwrap_err().to_string();
-    assert!(error.ends_with("and Q8_0 stores 32 at a time"), "{error}");
+    // Rows of 32 elements are no whole blocks of a K-quant.
+    let patched = PatchedType::new(Dtype::Q5_K, "q_proj".parse().unwrap());
     let path = to_gguf("llama-tied", "q4_0", Some(&patched), None, directory.path());
-    let error = path.unwrap_err().to_string();
-    assert!(
-        error.contains("`blk.0.ffn_down.weight` has rows of 48"),
-        "{error}"
+    assert_eq!(
+        path.unwrap_err().to_string(),
+        "tensor `blk.0.attn_q.weight` has rows of 32 elements, and Q5_K stores 256 at a time"
     );
     let patched = PatchedType::new(Dtype::Q8_0, "q_proj".parse().unwrap());
     let path = to_gguf("llama-tied", "q4_0", Some(&patched), None, directory.path()).unwrap();

@@ -4,6 +4,8 @@
 //! Rows of queries and keys stand in another order there, norms hold their offset, experts are stacked, and the config is keys. None of
 //! that may change a loss or a gradient by more than rounding does.
 
+#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 

@@ -20,6 +20,9 @@
 //! [`Dtype`]'s table. Two that it takes are refused, since they would not be written as they were: texts that are not UTF-8, and
 //! truth values that are neither 0 nor 1.
 //!
+//! A [`GgufFile`] is one file, also where that is one part of several: [`Split`] is what it says about that, and
+//! [`Checkpoint`](crate::Checkpoint) opens all of them.
+//!
 //! The size of a tensor of an unknown type is not known: it is given all bytes up to the next tensor or the end of the file, padding
 //! included.
 //!

@@ -6,6 +6,7 @@ use std::convert::Infallible;
 use std::fs;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::slice;
 
 use panacea_formats::gguf::{GgufError, GgufLayout, Metadata, Split, TensorInfo, Value};
 use panacea_formats::{
@@ -119,14 +120,14 @@ fn all_tensors_are_there_and_each_once() {
         claimed: 4,
         found: 3,
     };
-    assert_eq!(parts.problems(), [count.clone()]);
+    assert_eq!(parts.problems(), slice::from_ref(&count));
 
     parts.write(1, Some(split(1, 3, 4)), &[("b", Dtype::F16, 32)]);
     let twice = PartProblem::TensorTwice {
         tensor: "b".to_owned(),
         parts: [name(1), name(2)],
     };
-    assert_eq!(parts.problems(), [twice.clone()]);
+    assert_eq!(parts.problems(), slice::from_ref(&twice));
 
     parts.write(
         1,

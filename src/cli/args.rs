@@ -76,7 +76,7 @@ pub(crate) enum Command {
 /// The whole job.
 #[derive(Args, Debug)]
 pub(crate) struct PatchArgs {
-    /// The fine-tuned checkpoint: a Hugging Face directory, a PEFT directory, or one `.safetensors` file.
+    /// The fine-tuned checkpoint: a Hugging Face directory, a PEFT directory, one `.safetensors` file, or a `.gguf` file.
     ///
     /// `config.json` and the tokenizer of a lone file are looked for beside it, those of a LoRA adapter in its base (a tokenizer
     /// of the adapter's own goes first). A path that has the name of a subcommand can be given as `./optimize`.
@@ -121,7 +121,7 @@ pub(crate) struct PatchArgs {
 /// The file is bound to the checkpoint by the digest of every tensor that it perturbs.
 #[derive(Args, Debug)]
 pub(crate) struct OptimizeArgs {
-    /// The fine-tuned checkpoint: a Hugging Face directory, a PEFT directory, or one `.safetensors` file.
+    /// The fine-tuned checkpoint: a Hugging Face directory, a PEFT directory, one `.safetensors` file, or a `.gguf` file.
     #[arg(value_name = "MODEL")]
     pub(crate) model: PathBuf,
 

@@ -219,10 +219,13 @@ fn format_hint(error: &FormatError) -> Option<String> {
         }
         FormatErrorKind::Io(_) => return None,
         FormatErrorKind::Checkpoint(CheckpointError::NoWeights { .. }) => {
-            "give a directory with `model.safetensors` (or its index and shards), or one `.safetensors` file"
+            "give a directory with `model.safetensors` (or its index and shards), or one `.safetensors` or `.gguf` file"
         }
         FormatErrorKind::Checkpoint(CheckpointError::OtherFormat { .. }) => {
             "convert it to safetensors first, for example with transformers' `save_pretrained`"
+        }
+        FormatErrorKind::Checkpoint(CheckpointError::LaterPart { .. }) => {
+            "give the first part; the others are found beside it"
         }
         FormatErrorKind::Checkpoint(CheckpointError::Ambiguous { .. }) => {
             "move the model or the adapter into a directory of its own"
@@ -251,7 +254,7 @@ fn format_hint(error: &FormatError) -> Option<String> {
         FormatErrorKind::Perturbation(_) => {
             "the file was altered or damaged; make it again with `panacea-patch optimize`"
         }
-        FormatErrorKind::Safetensors(_) => {
+        FormatErrorKind::Gguf(_) | FormatErrorKind::Safetensors(_) => {
             "the file may be incomplete or damaged; compare its size and digest with the source's"
         }
         _ => return None,

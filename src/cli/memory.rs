@@ -120,7 +120,10 @@ impl MemoryPlan {
                     "activations",
                     decoder.activation_bytes(activations, tokens) as u64,
                 ),
-                ("a block's matrices in f32", block),
+                (
+                    "a block's matrices, as they are multiplied with",
+                    decoder.operand_bytes(activations) as u64,
+                ),
                 ("logits", 2 * LOGITS_BYTES as u64 + TILE_BYTES as u64),
                 ("the program, tokenizer and rows", PROGRAM_BYTES),
             ],

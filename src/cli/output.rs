@@ -514,6 +514,12 @@ fn default_target(model: &Model) -> Result<PathBuf, Failure> {
             let extension = path.extension().unwrap_or_default().to_string_lossy();
             path.with_extension(format!("panacea.{extension}"))
         }
+        Layout::SplitGguf => {
+            // Named after the whole, without the part's number.
+            let name = name_of(&path.with_extension(""));
+            let whole = name.split("-00001-of-").next().unwrap_or(&name);
+            path.with_file_name(format!("{whole}-panacea"))
+        }
         _ => with_suffix(&path, "-panacea"),
     })
 }

@@ -55,7 +55,7 @@ impl Size {
                 _ => size.shared += elements,
             }
         }
-        size.experts = if stacks > 0 { counted / stacks } else { 0 };
+        size.experts = counted.checked_div(stacks).unwrap_or(0);
         size
     }
 

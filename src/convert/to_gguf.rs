@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use panacea_formats::gguf::{GgufLayout, GgufWriteError, Metadata, TensorInfo, Value};
+use panacea_formats::gguf::{
+    GgufLayout, GgufWriteError, Metadata, SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS, TensorInfo,
+    Value,
+};
 use panacea_formats::{Checkpoint, Layout, TensorView};
 
 use super::config::GgufConfig;
@@ -87,6 +90,15 @@ impl<'c> Conversion<'c> {
         for (key, value) in texts.tokenizer.iter() {
             metadata.set(key, value.clone());
         }
+        if !file_type.is_converters() {
+            // llama-quantize sets these two anew, and so they come last.
+            for key in ["general.quantization_version", "general.file_type"] {
+                if let Some(value) = metadata.value(key).cloned() {
+                    metadata.remove(key);
+                    metadata.set(key, value);
+                }
+            }
+        }
         let tensors = slots.into_iter().zip(types).map(|(slot, dtype)| Planned {
             name: slot.name,
             dtype,
@@ -126,9 +138,9 @@ pub(super) fn files<'c>(
             else {
                 return Err(ConvertError::TooManyParts { parts: count });
             };
-            keys.set("split.no", Value::U16(part));
-            keys.set("split.count", Value::U16(parts));
-            keys.set("split.tensors.count", Value::I32(total));
+            keys.set(SPLIT_NUMBER, Value::U16(part));
+            keys.set(SPLIT_COUNT, Value::U16(parts));
+            keys.set(SPLIT_TENSORS, Value::I32(total));
             name = format!("{stem}-{:05}-of-{count:05}.gguf", i + 1);
         }
         let infos: Result<Vec<TensorInfo>, GgufWriteError> = tensors

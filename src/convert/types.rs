@@ -99,7 +99,7 @@ impl FileType {
     }
 
     /// Whether the converter writes it; the others are llama-quantize's.
-    fn is_converters(self) -> bool {
+    pub(super) fn is_converters(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::BF16 | Self::Q8_0)
     }
 

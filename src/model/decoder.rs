@@ -13,7 +13,7 @@ use super::config::{BlockConfig, Config};
 use super::head::{Head, HeadScratch, LossSum, Objective};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
-use super::linear::{Linear, add_scaled, widen};
+use super::linear::{Linear, Products, add_scaled, widen};
 use super::pack::Pack;
 use super::point::Point;
 use super::targets::{Target, TargetSelection};
@@ -218,6 +218,31 @@ impl<'c> Decoder<'c> {
         4 * self.weights.blocks.iter().map(of_block).max().unwrap_or(0)
     }
 
+    /// Bytes of the largest block's matrices as operands of products, of one expert where it has several. What is in BF16 takes no more than
+    /// in f32; the rest is in f32 and, where there is a matrix unit, in pieces as well.
+    pub fn operand_bytes(&self, activations: Activations) -> usize {
+        let arranged = match activations {
+            Activations::Keep => 1,
+            Activations::Recompute => 2,
+        };
+        let of_linear = |linear: &Linear<'_>| {
+            elements(linear)
+                * match linear.is_stored_bf16() {
+                    true => 4,
+                    false => 4 + 6 * arranged,
+                }
+        };
+        let of_gated = |gated: &GatedLinear<'_>| of_linear(&gated.gate_up) + of_linear(&gated.down);
+        let of_block = |block: &Block<'_>| {
+            let gated = match &block.feed_forward {
+                FeedForward::Dense(gated) => Some(gated),
+                FeedForward::Mixture { experts, .. } => experts.first(),
+            };
+            of_linear(&block.qkv) + of_linear(&block.output) + gated.map_or(0, of_gated)
+        };
+        self.weights.blocks.iter().map(of_block).max().unwrap_or(0)
+    }
+
     /// Bytes of activations that a pack of `tokens` tokens needs at most, besides weights and gradients.
     pub fn activation_bytes(&self, activations: Activations, tokens: usize) -> usize {
         let config = &self.config;
@@ -228,7 +253,9 @@ impl<'c> Decoder<'c> {
             Activations::Recompute => blocks.max().unwrap_or(0),
         };
         let widest = config.blocks.iter().map(|place| place.width).max();
-        let scratch = 2 * config.heads().row() + 3 * config.hidden_size + widest.unwrap_or(0);
+        let widest = widest.unwrap_or(0);
+        // The last: what the gradient of a matrix is a product of, in pieces of 6 bytes.
+        let scratch = 2 * config.heads().row() + 3 * config.hidden_size + widest + 3 * widest / 2;
         let floats = kept + (config.blocks.len() + 2) * config.hidden_size + scratch;
         4 * tokens * floats
     }
@@ -432,7 +459,7 @@ impl<'c> Decoder<'c> {
         } = workspace;
         let mut current = 0;
         for (index, (block, place)) in weights.blocks.iter().zip(&config.blocks).enumerate() {
-            matrices.load(block, point);
+            matrices.load(block, point, Products::Forward);
             let (next, slot) = match (pass, *activations) {
                 (Pass::Forward, _) => (1 - current, 0),
                 (Pass::ForwardAndBackward, Activations::Recompute) => (index + 1, 0),
@@ -485,7 +512,11 @@ impl<'c> Decoder<'c> {
         };
         let blocks = weights.blocks.iter().zip(&config.blocks).enumerate();
         for (index, (block, place)) in blocks.skip(lowest).rev() {
-            matrices.load(block, point);
+            let products = match activations {
+                Activations::Keep => Products::Backward,
+                Activations::Recompute => Products::Both,
+            };
+            matrices.load(block, point, products);
             let mut layer = Layer {
                 config,
                 block,

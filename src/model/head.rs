@@ -4,12 +4,14 @@
 //! the input. Logits exist only for positions whose next token is predicted, a chunk of them at a time, and the output
 //! matrix is widened tile by tile, so neither the tokens x vocabulary nor the f32 vocabulary x hidden matrix ever exists.
 
+use std::ops::Range;
+
 use panacea_formats::TensorView;
 use rayon::prelude::*;
 
 use super::config::Logits;
 use super::kernels::{dot, exp, max, norm, simd, tanh};
-use super::linear::widen;
+use super::linear::{Loaded, Products};
 use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
 use super::pack::{Pack, Prediction};
 
@@ -97,7 +99,7 @@ pub(crate) struct HeadScratch {
     reference_logits: Vec<f32>,
     /// d logits / d (their value before the cap); empty without a cap.
     slopes: Vec<f32>,
-    tile: Vec<f32>,
+    tile: Loaded,
     losses: Vec<f64>,
 }
 
@@ -150,7 +152,12 @@ impl Head<'_> {
                 slopes
                     .par_chunks_exact_mut(vocab)
                     .zip(logits.par_chunks_exact(vocab))
-                    .for_each(|(slopes, logits)| simd(|| slopes_of_cap(logits, cap, slopes)));
+                    .for_each(|(slopes, logits)| {
+                        simd(
+                            #[inline(always)]
+                            || slopes_of_cap(logits, cap, slopes),
+                        )
+                    });
             }
             let losses = &mut losses[range.clone()];
             match objective {
@@ -161,7 +168,10 @@ impl Head<'_> {
                 )
                     .into_par_iter()
                     .for_each(|(row, prediction, loss)| {
-                        *loss = simd(|| next_token(row, *prediction, want_gradient.then_some(cap)))
+                        *loss = simd(
+                            #[inline(always)]
+                            || next_token(row, *prediction, want_gradient.then_some(cap)),
+                        )
                     }),
                 Objective::Divergence { .. } => {
                     (
@@ -171,7 +181,10 @@ impl Head<'_> {
                     )
                         .into_par_iter()
                         .for_each(|(row, reference, loss)| {
-                            *loss = simd(|| divergence(row, reference))
+                            *loss = simd(
+                                #[inline(always)]
+                                || divergence(row, reference),
+                            )
                         });
                 }
             }
@@ -242,54 +255,59 @@ impl Head<'_> {
     }
 
     /// `logits = finish(normed matrix^T)`, predictions x vocab.
-    fn logits(self, normed: &[f32], logits: &mut Vec<f32>, tile: &mut Vec<f32>) {
+    fn logits(self, normed: &[f32], logits: &mut Vec<f32>, tile: &mut Loaded) {
         let (hidden, vocab) = (self.norm.len(), self.vocab());
         let n = normed.len() / hidden;
         logits.resize(n * vocab, 0.0);
-        self.for_each_tile(tile, |first, tile| {
-            let rows = tile.len() / hidden;
+        self.for_each_tile(tile, Products::Forward, |rows, tile| {
             matmul(
-                MatrixMut::strided(&mut logits[first..], n, rows, vocab),
+                MatrixMut::strided(&mut logits[rows.start..], n, rows.len(), vocab),
                 Output::Overwrite,
                 self.finish.scale,
                 Matrix::new(normed, n, hidden),
-                Matrix::new(tile, rows, hidden).t(),
+                tile.transposed(),
                 Threads::All,
             );
         });
         if let Some(cap) = self.finish.softcap {
-            logits
-                .par_chunks_exact_mut(vocab)
-                .for_each(|row| simd(|| row.iter_mut().for_each(|x| *x = cap * tanh(*x / cap))));
+            logits.par_chunks_exact_mut(vocab).for_each(|row| {
+                simd(
+                    #[inline(always)]
+                    || row.iter_mut().for_each(|x| *x = cap * tanh(*x / cap)),
+                )
+            });
         }
     }
 
     /// `d_normed += scale d_logits matrix`, with `d_logits` with respect to what goes into the cap.
-    fn back_to_hidden(self, d_logits: &[f32], d_normed: &mut [f32], tile: &mut Vec<f32>) {
+    fn back_to_hidden(self, d_logits: &[f32], d_normed: &mut [f32], tile: &mut Loaded) {
         let (hidden, vocab) = (self.norm.len(), self.vocab());
         let n = d_normed.len() / hidden;
-        self.for_each_tile(tile, |first, tile| {
-            let rows = tile.len() / hidden;
+        self.for_each_tile(tile, Products::Backward, |rows, tile| {
             matmul(
                 MatrixMut::new(d_normed, n, hidden),
                 Output::Add,
                 self.finish.scale,
-                Matrix::strided(&d_logits[first..], n, rows, vocab),
-                Matrix::new(tile, rows, hidden),
+                Matrix::strided(&d_logits[rows.start..], n, rows.len(), vocab),
+                tile.plain(),
                 Threads::All,
             );
         });
     }
 
-    /// Calls `work` with the first row's index and the f32 elements of each tile of the output matrix.
-    fn for_each_tile(self, tile: &mut Vec<f32>, mut work: impl FnMut(usize, &[f32])) {
+    /// Calls `work` with the rows of each tile of the output matrix.
+    fn for_each_tile(
+        self,
+        tile: &mut Loaded,
+        products: Products,
+        mut work: impl FnMut(Range<usize>, &Loaded),
+    ) {
         let (hidden, vocab) = (self.norm.len(), self.vocab());
         let rows = (TILE_BYTES / 4 / hidden).max(1);
         for first in (0..vocab).step_by(rows) {
-            let count = rows.min(vocab - first);
-            tile.resize(count * hidden, 0.0);
-            widen(self.matrix, first * hidden, tile);
-            work(first, tile);
+            let rows = first..vocab.min(first + rows);
+            tile.load_rows(self.matrix, rows.clone(), products);
+            work(rows, tile);
         }
     }
 }

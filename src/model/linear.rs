@@ -1,16 +1,19 @@
 //! A linear layer of a block: y = x W^T + bias, with W one or several stored matrices that read the same input.
 //!
 //! In: activations, tokens x width, f32. Out: products, and gradients with respect to those matrices that are targets, or to the
-//! LoRA factors over them. The stored matrices stay where they are, in their own dtype; [`Linear::load`] widens them into a
-//! buffer that is reused from layer to layer.
+//! LoRA factors over them. The stored matrices stay where they are, in their own dtype; [`Linear::load`] makes operands of products of
+//! them in [`Loaded`] buffers that are reused from layer to layer.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use panacea_formats::{Dtype, TensorView};
 use rayon::prelude::*;
 
 use super::kernels::simd;
-use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
+use super::matmul::{
+    Arranged, Inner, Matrix, MatrixMut, Output, Right, Threads, matmul, takes_arranged,
+};
 use super::point::Point;
 use super::tensors::TargetTensors;
 
@@ -81,6 +84,98 @@ pub(crate) struct Gradients<'a> {
     pub(crate) targets: &'a mut TargetTensors,
 }
 
+/// Which products a layer's matrices are loaded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Products {
+    /// Those of [`Linear::forward`].
+    Forward,
+    /// Those of [`Linear::backward`].
+    Backward,
+    /// All.
+    Both,
+}
+
+/// Matrices W of a layer, outputs x inputs, as right operands: in f32 or, where there is a matrix unit, arranged for it, straight from what
+/// is stored where that is BF16.
+#[derive(Debug, Default)]
+pub(crate) struct Loaded {
+    outputs: usize,
+    inputs: usize,
+    widened: Vec<f32>,
+    /// W^T.
+    forward: Arranged,
+    /// W.
+    backward: Arranged,
+}
+
+impl Loaded {
+    /// W^T, of the forward.
+    pub(crate) fn transposed(&self) -> Right<'_> {
+        match takes_arranged() {
+            true => Right::Arranged(&self.forward),
+            false => Right::Plain(self.matrix().t()),
+        }
+    }
+
+    /// W, of the backward.
+    pub(crate) fn plain(&self) -> Right<'_> {
+        match takes_arranged() {
+            true => Right::Arranged(&self.backward),
+            false => Right::Plain(self.matrix()),
+        }
+    }
+
+    /// Loads `rows` of the stored matrix `view`.
+    pub(crate) fn load_rows(
+        &mut self,
+        view: &TensorView<'_>,
+        rows: Range<usize>,
+        products: Products,
+    ) {
+        self.inputs = view.elements() / view.shape[0];
+        self.outputs = rows.len();
+        let elements = rows.start * self.inputs..rows.end * self.inputs;
+        if takes_arranged() && view.dtype == Dtype::BF16 {
+            self.arrange_stored(
+                &[&view.bytes[2 * elements.start..2 * elements.end]],
+                products,
+            );
+            return;
+        }
+        self.widened.resize(elements.len(), 0.0);
+        widen(view, elements.start, &mut self.widened);
+        self.arrange_widened(products);
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        Matrix::new(&self.widened, self.outputs, self.inputs)
+    }
+
+    fn arrange_stored(&mut self, parts: &[&[u8]], products: Products) {
+        if products != Products::Backward {
+            self.forward
+                .arrange_stored(parts, self.inputs, Inner::Along);
+        }
+        if products != Products::Forward {
+            self.backward
+                .arrange_stored(parts, self.inputs, Inner::Across);
+        }
+    }
+
+    fn arrange_widened(&mut self, products: Products) {
+        if !takes_arranged() {
+            return;
+        }
+        let w = Matrix::new(&self.widened, self.outputs, self.inputs);
+        if products != Products::Backward {
+            self.forward.arrange(w.t());
+        }
+        if products != Products::Forward {
+            self.backward.arrange(w);
+        }
+    }
+}
+
 impl Linear<'_> {
     /// Whether any of it is optimized.
     pub(crate) fn has_targets(&self) -> bool {
@@ -93,8 +188,33 @@ impl Linear<'_> {
         })
     }
 
-    /// Widens the matrices into `w`, outputs x inputs, with those that are targets, or have factors over them, at `point`.
-    pub(crate) fn load(&self, point: Point<'_>, w: &mut Vec<f32>) {
+    /// Whether it is computed as it is stored, wherever the targets are, and stored in BF16.
+    pub(crate) fn is_stored_bf16(&self) -> bool {
+        let mut parts = self.parts.iter();
+        parts.all(|part| part.view.dtype == Dtype::BF16 && matches!(part.role, Role::Frozen))
+    }
+
+    /// Loads the matrices, with those that are targets, or have factors over them, at `point`.
+    pub(crate) fn load(&self, point: Point<'_>, products: Products, w: &mut Loaded) {
+        (w.outputs, w.inputs) = (self.outputs, self.inputs);
+        let is_moved = |part: &Part<'_>| match part.role {
+            Role::Frozen => false,
+            Role::Target(_) => !point.is_stored(),
+            Role::Adapted(_) => true,
+        };
+        let is_bf16 = |part: &Part<'_>| part.view.dtype == Dtype::BF16;
+        let mut parts = self.parts.iter();
+        if takes_arranged() && parts.all(|part| is_bf16(part) && !is_moved(part)) {
+            let parts: Vec<&[u8]> = self.parts.iter().map(|part| part.view.bytes).collect();
+            w.arrange_stored(&parts, products);
+            return;
+        }
+        self.widen(point, &mut w.widened);
+        w.arrange_widened(products);
+    }
+
+    /// Widens the matrices into `w`, outputs x inputs.
+    fn widen(&self, point: Point<'_>, w: &mut Vec<f32>) {
         w.resize(self.outputs * self.inputs, 0.0);
         let mut rest = w.as_mut_slice();
         for part in &self.parts {
@@ -119,8 +239,8 @@ impl Linear<'_> {
         }
     }
 
-    /// `y = x w^T + bias`, with `w` as [`Self::load`] left it.
-    pub(crate) fn forward(&self, x: &[f32], w: &[f32], y: &mut Vec<f32>) {
+    /// `y = x w^T + bias`, with `w` as [`Self::load`] left it for the forward.
+    pub(crate) fn forward(&self, x: &[f32], w: &Loaded, y: &mut Vec<f32>) {
         y.resize(x.len() / self.inputs * self.outputs, 0.0);
         self.multiply(x, w, Output::Overwrite, 1.0, y);
         self.add_bias(1.0, y);
@@ -131,7 +251,7 @@ impl Linear<'_> {
         &self,
         residual: &[f32],
         x: &[f32],
-        w: &[f32],
+        w: &Loaded,
         scale: f32,
         y: &mut Vec<f32>,
     ) {
@@ -141,8 +261,8 @@ impl Linear<'_> {
         self.add_bias(scale, y);
     }
 
-    /// `dx = scale dy w`: the gradient of [`Self::forward`] with respect to `x`.
-    pub(crate) fn backward(&self, dy: &[f32], w: &[f32], scale: f32, dx: &mut Vec<f32>) {
+    /// `dx = scale dy w`: the gradient of [`Self::forward`] with respect to `x`, with `w` as [`Self::load`] left it for the backward.
+    pub(crate) fn backward(&self, dy: &[f32], w: &Loaded, scale: f32, dx: &mut Vec<f32>) {
         let n = dy.len() / self.outputs;
         dx.resize(n * self.inputs, 0.0);
         matmul(
@@ -150,7 +270,7 @@ impl Linear<'_> {
             Output::Overwrite,
             scale,
             Matrix::new(dy, n, self.outputs),
-            Matrix::new(w, self.outputs, self.inputs),
+            w.plain(),
             Threads::All,
         );
     }
@@ -209,14 +329,14 @@ impl Linear<'_> {
         }
     }
 
-    fn multiply(&self, x: &[f32], w: &[f32], output: Output, scale: f32, y: &mut [f32]) {
+    fn multiply(&self, x: &[f32], w: &Loaded, output: Output, scale: f32, y: &mut [f32]) {
         let n = x.len() / self.inputs;
         matmul(
             MatrixMut::new(y, n, self.outputs),
             output,
             scale,
             Matrix::new(x, n, self.inputs),
-            Matrix::new(w, self.outputs, self.inputs).t(),
+            w.transposed(),
             Threads::All,
         );
     }

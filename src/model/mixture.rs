@@ -5,7 +5,7 @@
 //! out = x + sum over the chosen e of weight_e expert_e(y)      weight: p, scaled to a sum of 1 or not
 //! ```
 //!
-//! Experts are widened and computed one after the other, so memory holds one of them in f32, and every sum runs in their order.
+//! Experts are loaded and computed one after the other, so memory holds one of them as an operand, and every sum runs in their order.
 //! The router is frozen, but the gradient passes through it: the weights depend on y.
 //!
 //! Source: Shazeer et al., "Outrageously Large Neural Networks", arXiv:1701.06538; Jiang et al., "Mixtral of Experts",
@@ -15,7 +15,7 @@ use panacea_formats::TensorView;
 
 use super::config::{Config, Experts};
 use super::kernels::{dot, glu, simd};
-use super::linear::Gradients;
+use super::linear::{Gradients, Products};
 use super::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
 use super::point::Point;
 use super::stream::stream_matrix;
@@ -78,7 +78,7 @@ impl Mixture {
             if assigned.is_empty() {
                 continue;
             }
-            matrices.load_gated(gated, point);
+            matrices.load_gated(gated, point, Products::Forward);
             gather(y, hidden, assigned, &mut self.rows);
             gated
                 .gate_up
@@ -162,7 +162,7 @@ impl Mixture {
             if assigned.is_empty() {
                 continue;
             }
-            matrices.load_gated(gated, gradients.point);
+            matrices.load_gated(gated, gradients.point, Products::Backward);
             self.wide.resize(assigned.len() * width, 0.0);
             glu::forward(config.activation, kept, &mut self.wide, width);
             gather(d, hidden, assigned, &mut self.out_rows);
@@ -174,7 +174,10 @@ impl Mixture {
                 .zip(assigned)
                 .zip(&mut self.d_weights[range])
             {
-                *d_weight = simd(|| dot(d_wide, wide));
+                *d_weight = simd(
+                    #[inline(always)]
+                    || dot(d_wide, wide),
+                );
                 d_wide.iter_mut().for_each(|d| *d *= assignment.weight);
             }
             if down.has_targets() {

@@ -4,7 +4,7 @@
 //! `config.json` says. [`MODEL_TYPES`] lists them.
 //!
 //! Explicit backpropagation in the spirit of llm.c: each layer is a forward and a backward written by hand, with no tape
-//! between them. It runs on plain f32 slices and the `gemm` crate, candle's own matrix product, instead of candle's
+//! between them. It runs on plain f32 slices and products of its own door (`matmul`: AMX tiles, or the `gemm` crate, candle's own), instead of candle's
 //! tensors: candle 0.11 computes a weight gradient for every frozen matrix, gives each intermediate result fresh pages, and
 //! its fused operations have no backward, which together cost 2.7 to 3.6 times the time and 4 times the memory on a
 //! 135M-parameter model. Candle's autograd remains as a second opinion in `tests/candle.rs`.

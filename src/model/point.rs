@@ -43,6 +43,11 @@ impl<'v> Point<'v> {
         }
     }
 
+    /// Whether these are the stored values.
+    pub(super) fn is_stored(self) -> bool {
+        self.base.is_none() && self.direction.is_none()
+    }
+
     /// Writes the values of target number `index`, stored in `view`, to `out`.
     pub(super) fn load(self, index: usize, view: &TensorView<'_>, out: &mut [f32]) {
         match self.base {

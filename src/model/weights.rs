@@ -1,7 +1,7 @@
 //! A checkpoint's tensors under their roles, checked against the config and widened on demand.
 //!
 //! In: a config and named tensor views. Out: [`Weights`]. Matrices stay in their stored dtype where they are (usually a
-//! memory map) and are widened to f32 block by block into one reused buffer, so memory holds one block's f32 weights,
+//! memory map) and are made operands of products block by block in reused buffers, so memory holds one block's,
 //! not the model's; norms and biases, a few kilobytes, are widened once.
 
 use std::collections::{HashMap, HashSet};
@@ -14,7 +14,7 @@ use thiserror::Error;
 use super::adapter::AdapterModule;
 use super::config::{BlockConfig, Config, Experts};
 use super::family::{HeadNormSpan, NormPlacement};
-use super::linear::{Factor, Linear, Lora, Part, Role, widen};
+use super::linear::{Factor, Linear, Loaded, Lora, Part, Products, Role, widen};
 use super::point::Point;
 use super::targets::{Target, TargetSelection, place_of_module};
 use super::tensors::TargetTensors;
@@ -386,23 +386,24 @@ impl<'c> Weights<'c> {
     }
 }
 
-/// The f32 matrices of one block, and of one expert at a time: outputs x inputs each.
+/// The matrices of one block, and of one expert at a time, as operands.
 #[derive(Debug, Default)]
 pub(crate) struct BlockMatrices {
-    pub(crate) qkv: Vec<f32>,
-    pub(crate) output: Vec<f32>,
-    pub(crate) gate_up: Vec<f32>,
-    pub(crate) down: Vec<f32>,
+    pub(crate) qkv: Loaded,
+    pub(crate) output: Loaded,
+    pub(crate) gate_up: Loaded,
+    pub(crate) down: Loaded,
+    /// Experts x hidden.
     pub(crate) router: Vec<f32>,
 }
 
 impl BlockMatrices {
-    /// Widens `block`'s matrices, but those of experts, with the targets at `point`.
-    pub(crate) fn load(&mut self, block: &Block<'_>, point: Point<'_>) {
-        block.qkv.load(point, &mut self.qkv);
-        block.output.load(point, &mut self.output);
+    /// Loads `block`'s matrices, but those of experts, with the targets at `point`.
+    pub(crate) fn load(&mut self, block: &Block<'_>, point: Point<'_>, products: Products) {
+        block.qkv.load(point, products, &mut self.qkv);
+        block.output.load(point, products, &mut self.output);
         match &block.feed_forward {
-            FeedForward::Dense(gated) => self.load_gated(gated, point),
+            FeedForward::Dense(gated) => self.load_gated(gated, point, products),
             FeedForward::Mixture { router, .. } => {
                 self.router.resize(router.elements(), 0.0);
                 widen(router, 0, &mut self.router);
@@ -410,10 +411,15 @@ impl BlockMatrices {
         }
     }
 
-    /// Widens the matrices of one feed-forward layer.
-    pub(crate) fn load_gated(&mut self, gated: &GatedLinear<'_>, point: Point<'_>) {
-        gated.gate_up.load(point, &mut self.gate_up);
-        gated.down.load(point, &mut self.down);
+    /// Loads the matrices of one feed-forward layer.
+    pub(crate) fn load_gated(
+        &mut self,
+        gated: &GatedLinear<'_>,
+        point: Point<'_>,
+        products: Products,
+    ) {
+        gated.gate_up.load(point, products, &mut self.gate_up);
+        gated.down.load(point, products, &mut self.down);
     }
 }
 

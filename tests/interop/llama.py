@@ -131,14 +131,15 @@ def perturbation(options, work):
     """A perturbation of the model, found once."""
     found = work / "perturbation.safetensors"
     if not found.exists():
-        run(options.program, "optimize", options.model, *SETTINGS, "-o", found)
+        rows = work / "rows.jsonl"
+        rows.write_text("".join(DATA.read_text().splitlines(keepends=True)[:8]))
+        run(options.program, "optimize", options.model, "--harmful", rows, *SETTINGS, "-o", found)
     return found
 
 
-# A small and fast search: what it finds is of no use, but of the right kind.
-DATA = Path(__file__).resolve().parents[2] / "testdata/tiny-chat-data"
-SETTINGS = ["--harmful", DATA / "harmful.jsonl", "--benign", DATA / "benign.jsonl", "--max-length", "64"]
-SETTINGS += ["--steps", "2", "--targets", "q_proj,k_proj,v_proj", "--quiet"]
+# The paper's perturbation at T = 0, of some rows: what it finds is of no use, but of the right kind, and found in seconds.
+DATA = Path(__file__).resolve().parents[2] / "testdata/tiny-chat-data/harmful.jsonl"
+SETTINGS = ["--method", "panacea", "--steps", "0", "--rho", "0.4", "--max-length", "64", "--quiet"]
 
 
 def generate(options, texts, count):

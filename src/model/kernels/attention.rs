@@ -90,17 +90,20 @@ pub(crate) fn forward(
                     view(shared, keys.clone()).t(),
                     Threads::One,
                 );
-                simd(|| {
-                    for (i, row) in scores.chunks_exact_mut(keys.len()).enumerate() {
-                        let query = queries.start + i;
-                        let seen =
-                            pattern.first_key(query, start) - keys.start..query + 1 - keys.start;
-                        if let Some(cap) = scores_of.softcap {
-                            soft_cap(&mut row[seen.clone()], cap);
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (i, row) in scores.chunks_exact_mut(keys.len()).enumerate() {
+                            let query = queries.start + i;
+                            let seen = pattern.first_key(query, start) - keys.start
+                                ..query + 1 - keys.start;
+                            if let Some(cap) = scores_of.softcap {
+                                soft_cap(&mut row[seen.clone()], cap);
+                            }
+                            lse[i * heads.query + head] = softmax(row, seen);
                         }
-                        lse[i * heads.query + head] = softmax(row, seen);
-                    }
-                });
+                    },
+                );
                 matmul(
                     MatrixMut::strided(
                         &mut rows[head * dim..],
@@ -243,36 +246,39 @@ impl Task<'_> {
                     view(key_head + heads.key_value, keys.clone()).t(),
                     Threads::One,
                 );
-                simd(|| {
-                    for (i, (p, ds)) in p
-                        .chunks_exact_mut(cols)
-                        .zip(ds.chunks_exact_mut(cols))
-                        .enumerate()
-                    {
-                        let query = queries.start + i;
-                        let seen =
-                            pattern.first_key(query, start) - keys.start..query + 1 - keys.start;
-                        let at = query * width + head * dim..query * width + (head + 1) * dim;
-                        let drift = dot(&d_attended[at.clone()], &kept.attended[at]);
-                        let lse = kept.lse[query * heads.query + head];
-                        let Some(cap) = softcap else {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (i, (p, ds)) in p
+                            .chunks_exact_mut(cols)
+                            .zip(ds.chunks_exact_mut(cols))
+                            .enumerate()
+                        {
+                            let query = queries.start + i;
+                            let seen = pattern.first_key(query, start) - keys.start
+                                ..query + 1 - keys.start;
+                            let at = query * width + head * dim..query * width + (head + 1) * dim;
+                            let drift = dot(&d_attended[at.clone()], &kept.attended[at]);
+                            let lse = kept.lse[query * heads.query + head];
+                            let Some(cap) = softcap else {
+                                probabilities(p, seen, lse);
+                                for (ds, p) in ds.iter_mut().zip(p) {
+                                    *ds = *p * (*ds - drift);
+                                }
+                                continue;
+                            };
+                            for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen.clone()]) {
+                                let t = tanh(*p / cap);
+                                *p = cap * t;
+                                *ds = (*ds - drift) * (1.0 - t * t);
+                            }
                             probabilities(p, seen, lse);
                             for (ds, p) in ds.iter_mut().zip(p) {
-                                *ds = *p * (*ds - drift);
+                                *ds *= *p;
                             }
-                            continue;
-                        };
-                        for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen.clone()]) {
-                            let t = tanh(*p / cap);
-                            *p = cap * t;
-                            *ds = (*ds - drift) * (1.0 - t * t);
                         }
-                        probabilities(p, seen, lse);
-                        for (ds, p) in ds.iter_mut().zip(p) {
-                            *ds *= *p;
-                        }
-                    }
-                });
+                    },
+                );
                 matmul(
                     MatrixMut::new(&mut self.d_values[local(&keys)], cols, dim),
                     Output::Add,

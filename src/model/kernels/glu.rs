@@ -16,14 +16,17 @@ pub(crate) fn forward(activation: Activation, gate_up: &[f32], a: &mut [f32], wi
     )
         .into_par_iter()
         .for_each(|(gate_up, a)| {
-            simd(|| {
-                let (gate, up) = gate_up.split_at(width);
-                let rows = a.iter_mut().zip(gate).zip(up);
-                match activation {
-                    Activation::Silu => rows.for_each(|((a, &z), up)| *a = silu(z).0 * up),
-                    Activation::GeluTanh => rows.for_each(|((a, &z), up)| *a = gelu(z).0 * up),
-                }
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    let (gate, up) = gate_up.split_at(width);
+                    let rows = a.iter_mut().zip(gate).zip(up);
+                    match activation {
+                        Activation::Silu => rows.for_each(|((a, &z), up)| *a = silu(z).0 * up),
+                        Activation::GeluTanh => rows.for_each(|((a, &z), up)| *a = gelu(z).0 * up),
+                    }
+                },
+            );
         });
 }
 
@@ -35,16 +38,21 @@ pub(crate) fn backward(activation: Activation, da: &[f32], gate_up: &mut [f32], 
     )
         .into_par_iter()
         .for_each(|(da, gate_up)| {
-            simd(|| {
-                let (gate, up) = gate_up.split_at_mut(width);
-                let rows = gate.iter_mut().zip(up).zip(da);
-                match activation {
-                    Activation::Silu => rows.for_each(|((z, up), &da)| back(z, up, da, silu(*z))),
-                    Activation::GeluTanh => {
-                        rows.for_each(|((z, up), &da)| back(z, up, da, gelu(*z)))
+            simd(
+                #[inline(always)]
+                || {
+                    let (gate, up) = gate_up.split_at_mut(width);
+                    let rows = gate.iter_mut().zip(up).zip(da);
+                    match activation {
+                        Activation::Silu => {
+                            rows.for_each(|((z, up), &da)| back(z, up, da, silu(*z)))
+                        }
+                        Activation::GeluTanh => {
+                            rows.for_each(|((z, up), &da)| back(z, up, da, gelu(*z)))
+                        }
                     }
-                }
-            });
+                },
+            );
         });
 }
 

@@ -15,9 +15,21 @@ pub(crate) mod norm;
 pub(crate) mod rope;
 
 /// Runs `work`, compiled once for each supported instruction set, on the best of them.
+///
+/// A closure is only compiled for them if it is inlined, which a long one is not by itself: say `simd(#[inline(always)] || ...)`.
 #[inline]
-pub(crate) fn simd<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
+pub(crate) fn simd<R>(work: impl FnMut() -> R) -> R {
+    /// Called by reference, because what calls a closure by value is a function of its own, which is not inlined.
+    struct Work<F>(F);
+    impl<R, F: FnMut() -> R> pulp::WithSimd for Work<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(mut self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Work(work))
 }
 
 /// How many partial sums a reduction keeps, so that it can be vectorized in a fixed order: one AVX-512 register.

@@ -16,10 +16,13 @@ pub(crate) fn forward(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32], sc
     )
         .into_par_iter()
         .for_each(|(x, y, scale)| {
-            simd(|| {
-                *scale = 1.0 / (dot(x, x) / width_as_f32(width) + epsilon).sqrt();
-                normalize(x, weight, *scale, y);
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    *scale = 1.0 / (dot(x, x) / width_as_f32(width) + epsilon).sqrt();
+                    normalize(x, weight, *scale, y);
+                },
+            );
         });
 }
 
@@ -32,7 +35,12 @@ pub(crate) fn again(x: &[f32], weight: &[f32], scales: &[f32], y: &mut [f32]) {
         scales.par_iter(),
     )
         .into_par_iter()
-        .for_each(|(x, y, scale)| simd(|| normalize(x, weight, *scale, y)));
+        .for_each(|(x, y, scale)| {
+            simd(
+                #[inline(always)]
+                || normalize(x, weight, *scale, y),
+            )
+        });
 }
 
 /// Adds the gradient with respect to x to `dx`, given `dy` and what the forward kept.
@@ -50,15 +58,18 @@ pub(crate) fn backward(dy: &[f32], x: &[f32], weight: &[f32], scales: &[f32], dx
         .for_each_init(
             || vec![0.0; width],
             |g, (dy, x, dx, &scale)| {
-                simd(|| {
-                    for i in 0..width {
-                        g[i] = weight[i] * dy[i];
-                    }
-                    let pull = scale * scale * scale * (dot(g, x) / width_as_f32(width));
-                    for i in 0..width {
-                        dx[i] += scale * g[i] - pull * x[i];
-                    }
-                });
+                simd(
+                    #[inline(always)]
+                    || {
+                        for i in 0..width {
+                            g[i] = weight[i] * dy[i];
+                        }
+                        let pull = scale * scale * scale * (dot(g, x) / width_as_f32(width));
+                        for i in 0..width {
+                            dx[i] += scale * g[i] - pull * x[i];
+                        }
+                    },
+                );
             },
         );
 }
@@ -82,16 +93,19 @@ pub(crate) fn heads_forward(
     )
         .into_par_iter()
         .for_each(|(x, kept, scales)| {
-            simd(|| {
-                let x = &mut x[..width];
-                kept.copy_from_slice(x);
-                for_each_group(norms, |at, group, weight| {
-                    let (y, x) = (&mut x[at.clone()], &kept[at]);
-                    let mean = dot(x, x) / width_as_f32(weight.len());
-                    scales[group] = 1.0 / (mean + epsilon).sqrt();
-                    normalize(x, weight, scales[group], y);
-                });
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    let x = &mut x[..width];
+                    kept.copy_from_slice(x);
+                    for_each_group(norms, |at, group, weight| {
+                        let (y, x) = (&mut x[at.clone()], &kept[at]);
+                        let mean = dot(x, x) / width_as_f32(weight.len());
+                        scales[group] = 1.0 / (mean + epsilon).sqrt();
+                        normalize(x, weight, scales[group], y);
+                    });
+                },
+            );
         });
 }
 
@@ -112,19 +126,22 @@ pub(crate) fn heads_backward(
     )
         .into_par_iter()
         .for_each(|(d, kept, scales)| {
-            simd(|| {
-                for_each_group(norms, |at, group, weight| {
-                    let (d, x, scale) = (&mut d[at.clone()], &kept[at], scales[group]);
-                    for (d, w) in d.iter_mut().zip(weight) {
-                        *d *= w;
-                    }
-                    let mean = dot(d, x) / width_as_f32(weight.len());
-                    let pull = scale * scale * scale * mean;
-                    for (d, x) in d.iter_mut().zip(x) {
-                        *d = scale * *d - pull * x;
-                    }
-                });
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for_each_group(norms, |at, group, weight| {
+                        let (d, x, scale) = (&mut d[at.clone()], &kept[at], scales[group]);
+                        for (d, w) in d.iter_mut().zip(weight) {
+                            *d *= w;
+                        }
+                        let mean = dot(d, x) / width_as_f32(weight.len());
+                        let pull = scale * scale * scale * mean;
+                        for (d, x) in d.iter_mut().zip(x) {
+                            *d = scale * *d - pull * x;
+                        }
+                    });
+                },
+            );
         });
 }
 

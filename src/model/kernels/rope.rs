@@ -165,21 +165,32 @@ pub(crate) fn forward(qkv: &[f32], heads: Heads, table: &Rotations, heads_out: &
         .par_chunks_exact_mut(table.tokens() * dim)
         .enumerate()
         .for_each(|(head, out)| {
-            simd(|| {
-                for ((out, row), &place) in out
-                    .chunks_exact_mut(dim)
-                    .zip(qkv.chunks_exact(heads.row()))
-                    .zip(&table.rows)
-                {
-                    let x = &row[head * dim..(head + 1) * dim];
-                    if heads.rotated(head) {
-                        let (cos, sin) = table.at(place);
-                        heads.turn(x, (cos, |i| sin[i]), out);
-                    } else {
-                        out.copy_from_slice(x);
+            simd(
+                #[inline(always)]
+                || {
+                    for ((out, row), &place) in out
+                        .chunks_exact_mut(dim)
+                        .zip(qkv.chunks_exact(heads.row()))
+                        .zip(&table.rows)
+                    {
+                        let x = &row[head * dim..(head + 1) * dim];
+                        if heads.rotated(head) {
+                            let (cos, sin) = table.at(place);
+                            heads.turn(
+                                x,
+                                (
+                                    cos,
+                                    #[inline(always)]
+                                    |i| sin[i],
+                                ),
+                                out,
+                            );
+                        } else {
+                            out.copy_from_slice(x);
+                        }
                     }
-                }
-            });
+                },
+            );
         });
 }
 
@@ -191,16 +202,27 @@ pub(crate) fn backward(d_heads: &[f32], heads: Heads, table: &Rotations, d_qkv: 
         .zip(table.rows.par_iter())
         .enumerate()
         .for_each(|(token, (row, &place))| {
-            simd(|| {
-                let (cos, sin) = table.at(place);
-                for (head, out) in row.chunks_exact_mut(dim).enumerate() {
-                    let d = &d_heads[(head * tokens + token) * dim..][..dim];
-                    if heads.rotated(head) {
-                        heads.turn(d, (cos, |i| -sin[i]), out);
-                    } else {
-                        out.copy_from_slice(d);
+            simd(
+                #[inline(always)]
+                || {
+                    let (cos, sin) = table.at(place);
+                    for (head, out) in row.chunks_exact_mut(dim).enumerate() {
+                        let d = &d_heads[(head * tokens + token) * dim..][..dim];
+                        if heads.rotated(head) {
+                            heads.turn(
+                                d,
+                                (
+                                    cos,
+                                    #[inline(always)]
+                                    |i| -sin[i],
+                                ),
+                                out,
+                            );
+                        } else {
+                            out.copy_from_slice(d);
+                        }
                     }
-                }
-            });
+                },
+            );
         });
 }
