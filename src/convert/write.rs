@@ -283,7 +283,7 @@ const CHUNK_ELEMENTS: usize = 1 << 18;
 /// Chunks made at once: enough for the threads of a large machine, and 16 MiB in f32.
 const WINDOW: usize = 16;
 
-/// Bytes that a conversion holds at most for tensors with rows of at most [`CHUNK_ELEMENTS`]: the chunks of two windows, and the values of
+/// Bytes that a conversion holds at most for tensors with rows of at most 2^18 elements: the chunks of two windows, and the values of
 /// those being made.
 pub const CONVERSION_BYTES: u64 = (3 * WINDOW * CHUNK_ELEMENTS * size_of::<f32>()) as u64;
 
