@@ -131,10 +131,14 @@ fn checkpoint(
         true => Value::Null,
         false => config(&checkpoint, table),
     };
-    let tokenizer = checkpoint.side_file("tokenizer.json").is_some();
+    let in_metadata = checkpoint
+        .gguf_metadata()
+        .is_some_and(|metadata| metadata.value("tokenizer.ggml.tokens").is_some());
+    let tokenizer = in_metadata || checkpoint.side_file("tokenizer.json").is_some();
     table.row(
         "tokenizer",
         match (tokenizer, is_adapter) {
+            (true, _) if in_metadata => "in the metadata",
             (true, _) => "tokenizer.json",
             (false, true) => "none of its own",
             (false, false) => "none",
@@ -224,11 +228,19 @@ fn targets_row(
 }
 
 fn config(checkpoint: &Checkpoint, table: &mut Table) -> Value {
-    let Some(path) = checkpoint.side_file("config.json") else {
-        table.row("config", "none: gradients cannot be computed");
-        return Value::Null;
+    let found = match (checkpoint.side_file("config.json"), checkpoint.layout()) {
+        (_, layout) if layout.is_gguf() => StoredModel::of(checkpoint)
+            .and_then(|model| model.config(checkpoint))
+            .map_err(|error| error.to_string()),
+        (Some(path), _) => {
+            read_config(&path).map_err(|failure| failure.because.unwrap_or_default())
+        }
+        (None, _) => {
+            table.row("config", "none: gradients cannot be computed");
+            return Value::Null;
+        }
     };
-    match read_config(&path) {
+    match found {
         Ok(config) => {
             table.row(
                 "config",
@@ -248,8 +260,7 @@ fn config(checkpoint: &Checkpoint, table: &mut Table) -> Value {
                 "supported": true,
             })
         }
-        Err(failure) => {
-            let because = failure.because.unwrap_or_default();
+        Err(because) => {
             table.row("config", format!("cannot be computed with: {because}"));
             json!({"supported": false, "because": because})
         }
