@@ -6,6 +6,8 @@
 //! The longest prompts come first, and others enter when half of the places are free, so that there are rows enough for the machine
 //! until the last prompts run out.
 
+use std::ops::ControlFlow;
+
 use rayon::prelude::*;
 
 use super::decoder::{Decoder, PackError};
@@ -73,17 +75,39 @@ impl Decoder<'_> {
         prompts: &[Vec<u32>],
         generation: &Generation,
     ) -> Result<Vec<Vec<u32>>, PackError> {
+        let mut found = vec![Vec::new(); prompts.len()];
+        let mut keep = |index: usize, tokens: &[u32]| {
+            found[index] = tokens.to_vec();
+            ControlFlow::Continue(())
+        };
+        // Nothing breaks.
+        let _ = self.generate_each(point, prompts, generation, &mut keep)?;
+        Ok(found)
+    }
+
+    /// As [`Self::generate`], but each continuation is handed to `each` with its prompt's place as soon as it is at its end, so that none is
+    /// lost when the work is stopped: it ends where `each` breaks, and says so.
+    ///
+    /// # Errors
+    /// As for [`Self::generate`].
+    pub fn generate_each<'v>(
+        &mut self,
+        point: impl Into<Point<'v>>,
+        prompts: &[Vec<u32>],
+        generation: &Generation,
+        each: &mut (dyn FnMut(usize, &[u32]) -> ControlFlow<()> + Send),
+    ) -> Result<ControlFlow<()>, PackError> {
         if let Some(index) = prompts.iter().position(Vec::is_empty) {
             return Err(PackError::EmptyPrompt { index });
         }
         self.check_tokens(prompts.iter().flatten())?;
         let point = point.into();
         // Inside of the pool, where a parallel loop of a few rows does not wait for another thread to wake up.
-        let found = rayon::scope(|_| self.advance_all(point, prompts, generation));
+        let flow = rayon::scope(|_| self.advance_all(point, prompts, generation, each));
         if let Some(checkpoint) = self.released {
             checkpoint.release();
         }
-        found
+        flow
     }
 
     /// Bytes that the keys and values of a sequence of `tokens` tokens take, in f32.
@@ -104,10 +128,10 @@ impl Decoder<'_> {
         point: Point<'_>,
         prompts: &[Vec<u32>],
         generation: &Generation,
-    ) -> Result<Vec<Vec<u32>>, PackError> {
-        let mut found = vec![Vec::new(); prompts.len()];
+        each: &mut (dyn FnMut(usize, &[u32]) -> ControlFlow<()> + Send),
+    ) -> Result<ControlFlow<()>, PackError> {
         if generation.max_new_tokens == 0 {
-            return Ok(found);
+            return Ok((0..prompts.len()).try_for_each(|index| each(index, &[])));
         }
         let mut waiting: Vec<usize> = (0..prompts.len()).collect();
         waiting.sort_by_key(|&index| (prompts[index].len(), std::cmp::Reverse(index)));
@@ -126,7 +150,7 @@ impl Decoder<'_> {
                 }));
             }
             if running.is_empty() {
-                return Ok(found);
+                return Ok(ControlFlow::Continue(()));
             }
             let (mut new, mut known): (Vec<_>, Vec<_>) =
                 running.iter_mut().partition(|it| it.caches.is_empty());
@@ -136,11 +160,14 @@ impl Decoder<'_> {
             if !known.is_empty() {
                 self.step(point, &mut known, &mut scratch);
             }
+            let mut flow = ControlFlow::Continue(());
             running.retain_mut(|sequence| {
                 let added = &sequence.tokens[sequence.prompt..];
                 let ends = |token| generation.stop.contains(token);
                 if added.len() == generation.max_new_tokens || added.last().is_some_and(ends) {
-                    found[sequence.index] = added.to_vec();
+                    if flow.is_continue() {
+                        flow = each(sequence.index, added);
+                    }
                     return false;
                 }
                 // Its next pass would be its first with other frequencies.
@@ -155,6 +182,9 @@ impl Decoder<'_> {
                 }
                 true
             });
+            if flow.is_break() {
+                return Ok(flow);
+            }
         }
     }
 
