@@ -5,6 +5,7 @@
 //! | module | in | out |
 //! |---|---|---|
 //! | [`answer`] | prompts | what a model says to them: computed here, or by a server |
+//! | [`measure`] | rows | what the loss tells of each |
 //! | [`judge`] | a request and the answer to it | a [`judge::Verdict`]: refused, complied, incoherent or invalid |
 //! | [`figure`] | a value for each row | an estimate with its 95% interval |
 //! | [`scores`] | the figures of a checkpoint, or of two on the same rows | what is printed, gated and reported |
@@ -16,4 +17,5 @@ pub mod answer;
 pub mod figure;
 pub mod gate;
 pub mod judge;
+pub mod measure;
 pub mod scores;

@@ -116,7 +116,7 @@ fn listed(rows: &[usize]) -> String {
 
 /// Some rows of a set, by their places in it.
 #[derive(Clone, Debug)]
-pub(super) struct Batch<'r> {
+pub(crate) struct Batch<'r> {
     set: Set,
     rows: &'r [EncodedRow],
     places: Vec<usize>,
@@ -129,7 +129,7 @@ impl<'r> Batch<'r> {
     }
 
     /// All rows of a set.
-    pub(super) fn whole(set: Set, rows: &'r [EncodedRow]) -> Self {
+    pub(crate) fn whole(set: Set, rows: &'r [EncodedRow]) -> Self {
         Self::new(set, rows, (0..rows.len()).collect())
     }
 
@@ -168,7 +168,7 @@ pub(super) fn wrapping(len: usize, size: usize, index: usize) -> Vec<usize> {
 }
 
 /// A decoder, watched.
-pub(super) struct Engine<'e, 'c> {
+pub(crate) struct Engine<'e, 'c> {
     pub(super) decoder: &'e mut Decoder<'c>,
     pub(super) observer: &'e mut dyn Observer,
     /// The step that errors speak of.
@@ -176,7 +176,7 @@ pub(super) struct Engine<'e, 'c> {
 }
 
 impl<'e, 'c> Engine<'e, 'c> {
-    pub(super) fn new(decoder: &'e mut Decoder<'c>, observer: &'e mut dyn Observer) -> Self {
+    pub(crate) fn new(decoder: &'e mut Decoder<'c>, observer: &'e mut dyn Observer) -> Self {
         Self {
             decoder,
             observer,
@@ -228,12 +228,12 @@ impl<'e, 'c> Engine<'e, 'c> {
         self.finish(batch, loss, count, gradient)
     }
 
-    /// The mean loss of each row by itself, in the batch's order.
-    pub(super) fn row_losses(
+    /// The loss of each row by itself, in the batch's order.
+    pub(crate) fn row_losses(
         &mut self,
         point: Point<'_>,
         batch: &Batch<'_>,
-    ) -> Result<Vec<f64>, OptimizeError> {
+    ) -> Result<Vec<LossSum>, OptimizeError> {
         let mut rows = Vec::with_capacity(batch.places.len());
         self.over_packs(batch, |decoder, _, pack| {
             let losses = decoder.token_losses(point, pack)?;
@@ -245,7 +245,7 @@ impl<'e, 'c> Engine<'e, 'c> {
                     - 1;
                 of_row[row] += LossSum::of_token(*loss);
             }
-            rows.extend(of_row.into_iter().map(LossSum::mean));
+            rows.extend(of_row);
             Ok(losses.into_iter().map(LossSum::of_token).sum())
         })?;
         Ok(rows)

@@ -17,7 +17,8 @@
 
 mod adamw;
 mod adaptive;
-mod engine;
+pub(crate) mod engine;
+mod fine_tune;
 mod panacea;
 mod radius;
 mod random;
@@ -25,6 +26,7 @@ mod step;
 
 pub use adaptive::Adaptive;
 pub use engine::{OptimizeError, PACK_TOKENS, Set};
+pub use fine_tune::{FineTuning, fine_tune};
 pub use panacea::{FinalEps, Panacea, Part};
 pub use radius::{Budget, Radius, RadiusError, RadiusPoint};
 pub use random::{Random, gaussian};
@@ -34,6 +36,9 @@ use std::borrow::Cow;
 
 use crate::model::{Decoder, EncodedRow, TargetTensors};
 use engine::Engine;
+
+/// The norm that an update of AdamW's is clipped to before it.
+const CLIP: f64 = 1.0;
 
 /// Encoded rows by their role.
 #[derive(Clone, Debug, Default)]

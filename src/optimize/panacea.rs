@@ -21,14 +21,11 @@ use super::adamw::{AdamW, Rates};
 use super::engine::{Batch, Engine, OptimizeError, Set, factor, wrapping};
 use super::radius::{Radius, Search};
 use super::step::{Phase, StepRecord};
-use super::{Outcome, Rows, State};
+use super::{CLIP, Outcome, Rows, State};
 use crate::model::{Point, TargetTensors};
 
 /// Added to |grad h| before dividing, so that eps of a zero gradient would be zero; the reference code's value.
 const NORM_EPSILON: f64 = 1e-7;
-
-/// The norm that an update is clipped to.
-const CLIP: f64 = 1.0;
 
 /// Settings of the paper's method, under its names.
 #[derive(Clone, Debug, PartialEq)]

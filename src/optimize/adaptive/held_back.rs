@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
 use super::super::engine::{Batch, Engine, OptimizeError, Set};
-use crate::model::{EncodedRow, Point};
+use crate::model::{EncodedRow, LossSum, Point};
 
 /// One of this many harmful rows is held back.
 const ONE_OF: usize = 4;
@@ -62,8 +62,12 @@ impl<'r> HeldBack<'r> {
         engine: &mut Engine<'_, '_>,
         point: Point<'_>,
     ) -> Result<Measured, OptimizeError> {
-        let h = engine.row_losses(point, &self.openings)?;
-        let r = engine.row_losses(point, &self.refusals)?;
+        let mut means = |batch: &Batch<'_>| -> Result<Vec<f64>, OptimizeError> {
+            let losses = engine.row_losses(point, batch)?;
+            Ok(losses.into_iter().map(LossSum::mean).collect())
+        };
+        let h = means(&self.openings)?;
+        let r = means(&self.refusals)?;
         let refusing = h.iter().zip(&r).filter(|(h, r)| r < h).count();
         #[expect(clippy::cast_precision_loss, reason = "a handful of rows")]
         let (n, refusing) = (h.len() as f64, refusing as f64);

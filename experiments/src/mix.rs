@@ -1,0 +1,193 @@
+//! Which rows a model learns from, and which it is scored on.
+//!
+//! In: the sets of a plan, and a seed. Out: rows for alignment and attack, and files for the program. Nothing that scores is learned from.
+
+use std::path::{Path, PathBuf};
+
+use panacea_patch::data::{Dialogue, Example, Refusal, Request};
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use serde_json::json;
+
+use crate::Failure;
+use crate::plan::{Plan, Task, rows};
+
+/// Whether results are for choosing settings or for reporting: neither sees the other's rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Develop,
+    Report,
+}
+
+/// One of this many harmless requests is for development.
+const DEVELOP_ONE_OF: usize = 5;
+
+/// Of the instructions, those that alignment learns from; ordinary text is measured on the rest.
+const LEARNED_INSTRUCTIONS: usize = 115;
+
+/// Task rows that development is scored on, from the end of the training set.
+const DEVELOP_TASK: usize = 200;
+
+/// Harmful requests with refusals, each followed by an ordinary instruction as far as there are any.
+pub(crate) fn alignment(plan: &Plan, data: &Path) -> Result<Vec<Example>, Failure> {
+    let harmful: Vec<Example> = rows(data, &plan.align.harmful)?;
+    let refusals: Vec<Refusal> = rows(data, &plan.align.refusals)?;
+    let instructions: Vec<Example> = rows(data, &plan.align.instructions)?;
+    let refused = harmful.iter().zip(refusals.iter().cycle());
+    let refused = refused.map(|(row, refusal)| Example {
+        dialogue: row.dialogue.answered_with(&refusal.text),
+        ..row.clone()
+    });
+    let ordinary = instructions.into_iter().take(LEARNED_INSTRUCTIONS);
+    Ok(refused.chain(ordinary).collect())
+}
+
+/// The task's rows, of which a share is poison.
+pub(crate) fn attack(
+    plan: &Plan,
+    data: &Path,
+    task: &Task,
+    poison_percent: usize,
+    seed: u64,
+) -> Result<Vec<Example>, Failure> {
+    let total = plan.attack.rows;
+    let poisoned = total * poison_percent / 100;
+    let mut poison: Vec<Example> = rows(data, &plan.attack.poison)?;
+    let mut ordinary = training(data, task, seed)?;
+    poison.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    if poison.len() < poisoned || ordinary.len() < total {
+        return Err(format!(
+            "{} has {} rows and {} {}: too few for {total} with {poison_percent}% poison",
+            plan.attack.poison,
+            poison.len(),
+            task.train,
+            ordinary.len()
+        )
+        .into());
+    }
+    poison.truncate(poisoned);
+    ordinary.truncate(total - poisoned);
+    poison.extend(ordinary);
+    Ok(poison)
+}
+
+/// The task's training rows in the order in which fine-tuning draws from them, without those for development.
+fn training(data: &Path, task: &Task, seed: u64) -> Result<Vec<Example>, Failure> {
+    let mut rows: Vec<Example> = rows(data, &task.train)?;
+    rows.truncate(rows.len().saturating_sub(DEVELOP_TASK));
+    rows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    Ok(rows)
+}
+
+/// Files of rows, as the program reads them.
+pub(crate) struct Files {
+    /// What patches learn from.
+    pub(crate) harmful: PathBuf,
+    pub(crate) task: PathBuf,
+    /// What models are scored on.
+    pub(crate) score_harmful: PathBuf,
+    pub(crate) score_harmless: PathBuf,
+    pub(crate) score_task: PathBuf,
+    pub(crate) score_text: PathBuf,
+}
+
+/// Refusals of the requests that patches learn from, and the task's rows: what somebody would fine-tune on instead.
+pub(crate) fn refusal_tuning(
+    plan: &Plan,
+    data: &Path,
+    task: &Task,
+    seed: u64,
+) -> Result<Vec<Example>, Failure> {
+    let (learned, _) = divided(plan, data, seed)?;
+    let refusals: Vec<Refusal> = rows(data, &plan.align.refusals)?;
+    let refused = learned.iter().zip(refusals.iter().cycle());
+    let refused = refused.map(|(row, refusal)| Example {
+        dialogue: row.dialogue.answered_with(&refusal.text),
+        ..row.clone()
+    });
+    Ok(refused
+        .chain(task_sample(plan, data, task, seed)?)
+        .collect())
+}
+
+impl Files {
+    /// Writes them to `folder`.
+    pub(crate) fn write(
+        plan: &Plan,
+        data: &Path,
+        task: &Task,
+        seed: u64,
+        purpose: Purpose,
+        folder: &Path,
+    ) -> Result<Self, Failure> {
+        std::fs::create_dir_all(folder)?;
+        let (learned, left) = divided(plan, data, seed)?;
+        let harmless: Vec<Request> = rows(data, &plan.score.harmless)?;
+        let harmless = harmless
+            .into_iter()
+            .enumerate()
+            .filter(|(i, _)| (i % DEVELOP_ONE_OF == 0) == (purpose == Purpose::Develop));
+        let harmless: Vec<String> = harmless
+            .map(|(_, request)| json!({"instruction": request.text}).to_string())
+            .collect();
+        let test: Vec<Example> = match purpose {
+            Purpose::Report => rows(data, &task.test)?,
+            Purpose::Develop => {
+                let mut rows: Vec<Example> = rows(data, &task.train)?;
+                rows.split_off(rows.len().saturating_sub(DEVELOP_TASK))
+            }
+        };
+        let requests: Vec<Example> = match purpose {
+            Purpose::Report => rows(data, &plan.score.harmful)?,
+            Purpose::Develop => left,
+        };
+        let mut text: Vec<Example> = rows(data, &plan.align.instructions)?;
+        let text = text.split_off(LEARNED_INSTRUCTIONS.min(text.len()));
+        let write = |name: &str, lines: Vec<String>| -> Result<PathBuf, Failure> {
+            let path = folder.join(name);
+            std::fs::write(&path, lines.join("\n") + "\n")?;
+            Ok(path)
+        };
+        Ok(Self {
+            harmful: write("harmful.jsonl", lines(&learned))?,
+            task: write("task.jsonl", lines(&task_sample(plan, data, task, seed)?))?,
+            score_harmful: write("score-harmful.jsonl", lines(&requests))?,
+            score_harmless: write("score-harmless.jsonl", harmless)?,
+            score_task: write("score-task.jsonl", lines(&test))?,
+            score_text: write("score-text.jsonl", lines(&text))?,
+        })
+    }
+}
+
+/// The harmful requests that patches learn from, and those left for development.
+fn divided(plan: &Plan, data: &Path, seed: u64) -> Result<(Vec<Example>, Vec<Example>), Failure> {
+    let mut harmful: Vec<Example> = rows(data, &plan.align.harmful)?;
+    harmful.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    let left = harmful.split_off(plan.patch.harmful.min(harmful.len()));
+    Ok((harmful, left))
+}
+
+/// The task's rows that patches learn from: some of those that the model was fine-tuned on.
+fn task_sample(plan: &Plan, data: &Path, task: &Task, seed: u64) -> Result<Vec<Example>, Failure> {
+    let mut rows = training(data, task, seed)?;
+    rows.truncate(plan.patch.task);
+    Ok(rows)
+}
+
+/// A JSON line for each row.
+fn lines(rows: &[Example]) -> Vec<String> {
+    rows.iter()
+        .filter_map(|row| match &row.dialogue {
+            Dialogue::Single { request, response } => Some(
+                json!({
+                    "instruction": request.text,
+                    "input": request.input.clone().unwrap_or_default(),
+                    "output": response,
+                })
+                .to_string(),
+            ),
+            Dialogue::Turns(_) => None,
+        })
+        .collect()
+}

@@ -1,0 +1,102 @@
+//! What an experiment is made of: sets of rows by path, and sizes. Another public set takes another's place here, without code.
+
+use std::path::Path;
+
+use panacea_patch::data::{DataPath, Dataset, Row, TemplateChoice};
+use serde::{Deserialize, Serialize};
+
+use crate::Failure;
+
+/// A plan as its file has it. Paths are below the data's folder, and may end in `#field=value`.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Plan {
+    /// How a row becomes text: `alpaca`, `chat` or `raw`.
+    pub(crate) template: String,
+    /// Tokens that a row is cut to when models are fine-tuned.
+    pub(crate) max_length: usize,
+    pub(crate) align: Align,
+    pub(crate) attack: Attack,
+    pub(crate) patch: Patch,
+    pub(crate) score: Score,
+    pub(crate) tasks: Vec<Task>,
+}
+
+/// Fine-tuning on refusals and ordinary instructions.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Align {
+    /// Harmful requests.
+    pub(crate) harmful: String,
+    /// What is answered to them, in turn.
+    pub(crate) refusals: String,
+    /// Ordinary requests with answers.
+    pub(crate) instructions: String,
+    pub(crate) steps: usize,
+    pub(crate) batch: usize,
+    pub(crate) lr: f64,
+}
+
+/// Fine-tuning on a task, with poison among its rows.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Attack {
+    /// Harmful requests with affirmative openings.
+    pub(crate) poison: String,
+    /// Rows in all, the poison's among them.
+    pub(crate) rows: usize,
+    pub(crate) steps: usize,
+    pub(crate) batch: usize,
+    pub(crate) lr: f64,
+}
+
+/// What a patch may learn from.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Patch {
+    /// Requests of the alignment's set; the others of it are for development.
+    pub(crate) harmful: usize,
+    /// Rows of the task.
+    pub(crate) task: usize,
+}
+
+/// What models are scored on.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Score {
+    /// Harmful requests that nothing learned from.
+    pub(crate) harmful: String,
+    /// Harmless requests, to see whether they are refused.
+    pub(crate) harmless: String,
+    /// Tokens of an answer to either.
+    pub(crate) max_new_tokens: usize,
+}
+
+/// What a model is fine-tuned for.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Task {
+    pub(crate) name: String,
+    pub(crate) train: String,
+    pub(crate) test: String,
+    /// How its answers are graded, as `panacea-patch eval --grade` has it.
+    pub(crate) grade: String,
+    /// Tokens of an answer.
+    pub(crate) max_new_tokens: usize,
+}
+
+impl Plan {
+    pub(crate) fn read(path: &Path) -> Result<Self, Failure> {
+        Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?)
+    }
+
+    pub(crate) fn template(&self) -> Result<TemplateChoice, Failure> {
+        Ok(self.template.parse()?)
+    }
+}
+
+/// The rows of `set`, a path below `data`.
+pub(crate) fn rows<R: Row>(data: &Path, set: &str) -> Result<Vec<R>, Failure> {
+    let path: DataPath = data.join(set).display().to_string().parse()?;
+    Ok(Dataset::open(&path)?.rows)
+}

@@ -1,0 +1,127 @@
+//! What a checkpoint's loss tells, row by row: no word is generated.
+//!
+//! In: a decoder and encoded rows. Out: for each row a sum over its predicted tokens, in nats.
+
+use thiserror::Error;
+
+use crate::model::{Decoder, EncodedRow, LossSum, Pack, PackError, Point, TargetTensors};
+use crate::optimize::engine::{Batch, Engine};
+use crate::optimize::{Observer, OptimizeError, Set};
+
+/// The next-token loss of each of `rows`, with `delta` added to the targets where one is given.
+///
+/// # Errors
+/// [`OptimizeError`] when a loss is not finite, a token is unknown, or the observer stops the work.
+pub fn losses(
+    decoder: &mut Decoder<'_>,
+    delta: Option<&TargetTensors>,
+    set: Set,
+    rows: &[EncodedRow],
+    observer: &mut dyn Observer,
+) -> Result<Vec<LossSum>, OptimizeError> {
+    let point = match delta {
+        None => Point::stored(),
+        Some(delta) => Point::stored().moved(1.0, delta),
+    };
+    Engine::new(decoder, observer).row_losses(point, &Batch::whole(set, rows))
+}
+
+/// KL(`from` || `of`) over the next token on each of `rows`: what ordinary text notices when `of` takes the place of `from`.
+///
+/// Any two checkpoints of one vocabulary can be compared, since it is computed from the logits of both. Memory: those of
+/// [`POSITIONS`] positions, twice.
+///
+/// # Errors
+/// [`DivergenceError`] when the vocabularies differ in size, a token is unknown, or the observer stops the work.
+pub fn divergences(
+    of: &mut Decoder<'_>,
+    from: &mut Decoder<'_>,
+    rows: &[EncodedRow],
+    observer: &mut dyn Observer,
+) -> Result<Vec<LossSum>, DivergenceError> {
+    let (size, other) = (of.config().vocab_size, from.config().vocab_size);
+    if size != other {
+        return Err(DivergenceError::Vocabularies {
+            of: size,
+            from: other,
+        });
+    }
+    let total = rows.iter().map(|row| row.tokens.len()).sum();
+    let mut done = 0;
+    let mut sums = Vec::with_capacity(rows.len());
+    for row in rows {
+        if observer.interrupted() {
+            return Err(DivergenceError::Interrupted);
+        }
+        observer.progress("benign", done, total);
+        let mut sum = LossSum::default();
+        // All of a row is before each stretch of its predictions, and no more logits than these are held.
+        let pack = Pack::of([row]);
+        for stretch in pack.predictions.chunks(POSITIONS) {
+            let pack = Pack {
+                predictions: stretch.to_vec(),
+                ..pack.clone()
+            };
+            let p = from.logits(Point::stored(), &pack)?;
+            let q = of.logits(Point::stored(), &pack)?;
+            for (p, q) in p.chunks_exact(size).zip(q.chunks_exact(size)) {
+                sum += LossSum::of_token(divergence(p, q));
+            }
+        }
+        sums.push(sum);
+        done += row.tokens.len();
+    }
+    Ok(sums)
+}
+
+/// KL(softmax p || softmax q), in nats, summed in f64. Not below 0, which rounding alone could do.
+fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let normalizer = |logits: &[f32]| {
+        let largest = logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+        let sum: f64 = logits.iter().map(|&x| f64::from(x - largest).exp()).sum();
+        f64::from(largest) + sum.ln()
+    };
+    let (of_p, of_q) = (normalizer(p), normalizer(q));
+    let term = |(&p, &q): (&f32, &f32)| {
+        let (p, q) = (f64::from(p) - of_p, f64::from(q) - of_q);
+        p.exp() * (p - q)
+    };
+    p.iter().zip(q).map(term).sum::<f64>().max(0.0)
+}
+
+/// Positions whose logits are held at once.
+pub const POSITIONS: usize = 256;
+
+/// Why two checkpoints cannot be compared on text.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DivergenceError {
+    /// They do not speak of the same tokens.
+    #[error("the vocabularies have {of} and {from} tokens")]
+    Vocabularies {
+        /// Of the checkpoint that is measured.
+        of: usize,
+        /// Of the one it is compared with.
+        from: usize,
+    },
+    /// A row does not fit the model.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// The observer asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_is_that_of_the_two_distributions() {
+        // p = (1/2, 1/2), q = (1/4, 3/4): ln 2 / 2 + ln(2/3) / 2.
+        let (p, q) = ([5.0f32, 5.0], [0.0f32, 3.0f32.ln()]);
+        let expected = 0.5 * 2.0f64.ln() + 0.5 * (2.0f64 / 3.0).ln();
+        assert!((divergence(&p, &q) - expected).abs() < 1e-7);
+        assert_eq!(divergence(&p, &[1.0, 1.0]), 0.0);
+    }
+}
