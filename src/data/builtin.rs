@@ -6,7 +6,7 @@
 //! sound dangerous (how to kill a process), so that what is kept includes answering those.
 
 use super::dataset::{Dataset, Source};
-use super::rows::{Example, Refusal, Row};
+use super::rows::{Example, Refusal, Request, Row};
 
 /// Requests with affirmative openings; each row has its own refusal.
 pub fn harmful() -> Dataset<Example> {
@@ -23,8 +23,20 @@ pub fn benign() -> Dataset<Example> {
     read("benign set", BENIGN)
 }
 
+/// Harmful requests with affirmative openings that no method learns from: evaluation's, where no others are given.
+pub fn held_out_harmful() -> Dataset<Example> {
+    read("held-out harmful set", HELD_OUT_HARMFUL)
+}
+
+/// Harmless requests that sound harmful, or are near to what is: a model that refuses them refuses too much.
+pub fn held_out_harmless() -> Dataset<Request> {
+    read("held-out harmless set", HELD_OUT_HARMLESS)
+}
+
 const HARMFUL: &str = include_str!("builtin/harmful.jsonl");
 const BENIGN: &str = include_str!("builtin/benign.jsonl");
+const HELD_OUT_HARMFUL: &str = include_str!("builtin/held_out_harmful.jsonl");
+const HELD_OUT_HARMLESS: &str = include_str!("builtin/held_out_harmless.jsonl");
 
 fn read<R: Row>(name: &'static str, text: &str) -> Dataset<R> {
     Dataset::from_bytes(text.as_bytes(), Source::BuiltIn(name))
@@ -171,6 +183,41 @@ mod tests {
             begins_so += usize::from(phrases.iter().any(|phrase| text.starts_with(phrase)));
         }
         assert!(begins_so * 4 >= probes.len() * 3, "{begins_so}");
+    }
+
+    /// Of the words of two requests, the share that both have.
+    fn overlap(one: &str, other: &str) -> f64 {
+        let words = |text: &str| -> BTreeSet<String> {
+            let text = text.to_lowercase();
+            let words = text.split(|c: char| !c.is_alphanumeric());
+            words
+                .filter(|word| !word.is_empty())
+                .map(str::to_owned)
+                .collect()
+        };
+        let (one, other) = (words(one), words(other));
+        one.intersection(&other).count() as f64 / one.union(&other).count() as f64
+    }
+
+    #[test]
+    fn what_scores_is_not_what_is_learned_from() {
+        let learned = harmful().rows.into_iter().chain(benign().rows);
+        let learned: Vec<String> = learned
+            .map(|row| row.dialogue.first_request().to_owned())
+            .collect();
+        let scored: Vec<String> = held_out_harmful()
+            .rows
+            .iter()
+            .map(|row| row.dialogue.first_request().to_owned())
+            .chain(held_out_harmless().rows.into_iter().map(|row| row.text))
+            .collect();
+        assert_eq!(scored.len(), 80);
+        for (i, request) in scored.iter().enumerate() {
+            let others = learned.iter().chain(&scored[..i]);
+            for other in others {
+                assert!(overlap(request, other) < 0.6, "{request} | {other}");
+            }
+        }
     }
 
     #[test]

@@ -62,6 +62,17 @@ impl Dialogue {
         }
     }
 
+    /// The first answer.
+    pub fn first_answer(&self) -> &str {
+        match self {
+            Self::Single { response, .. } => response,
+            Self::Turns(turns) => turns
+                .iter()
+                .find(|turn| turn.role == Role::Assistant)
+                .map_or("", |turn| &turn.content),
+        }
+    }
+
     /// The same dialogue up to its first answer, with `response` in that answer's place.
     pub fn answered_with(&self, response: &str) -> Self {
         match self {

@@ -32,12 +32,11 @@ pub fn losses(
 /// [`POSITIONS`] positions, twice.
 ///
 /// # Errors
-/// [`DivergenceError`] when the vocabularies differ in size, a token is unknown, or the observer stops the work.
+/// [`DivergenceError`] when the vocabularies differ in size or a token is unknown.
 pub fn divergences(
     of: &mut Decoder<'_>,
     from: &mut Decoder<'_>,
     rows: &[EncodedRow],
-    observer: &mut dyn Observer,
 ) -> Result<Vec<LossSum>, DivergenceError> {
     let (size, other) = (of.config().vocab_size, from.config().vocab_size);
     if size != other {
@@ -46,14 +45,8 @@ pub fn divergences(
             from: other,
         });
     }
-    let total = rows.iter().map(|row| row.tokens.len()).sum();
-    let mut done = 0;
     let mut sums = Vec::with_capacity(rows.len());
     for row in rows {
-        if observer.interrupted() {
-            return Err(DivergenceError::Interrupted);
-        }
-        observer.progress("benign", done, total);
         let mut sum = LossSum::default();
         // All of a row is before each stretch of its predictions, and no more logits than these are held.
         let pack = Pack::of([row]);
@@ -69,7 +62,6 @@ pub fn divergences(
             }
         }
         sums.push(sum);
-        done += row.tokens.len();
     }
     Ok(sums)
 }
@@ -107,9 +99,6 @@ pub enum DivergenceError {
     /// A row does not fit the model.
     #[error(transparent)]
     Pack(#[from] PackError),
-    /// The observer asked to stop.
-    #[error("interrupted")]
-    Interrupted,
 }
 
 #[cfg(test)]
