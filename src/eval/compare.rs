@@ -25,6 +25,18 @@ pub struct Difference {
     pub n: usize,
 }
 
+impl Difference {
+    /// The difference and its interval in brackets, as tables have them, such as `-97.5 points [-99.6, -83.9]`.
+    pub fn written(&self, measure: Measure) -> String {
+        let unit = if measure.is_share() { " points" } else { "" };
+        let [value, low, high] = [self.value, self.low, self.high].map(|value| {
+            let sign = if value > 0.0 { "+" } else { "" };
+            format!("{sign}{}", measure.brief(value))
+        });
+        format!("{value}{unit} [{low}, {high}]")
+    }
+}
+
 /// Compares `after` with `before`, row by row.
 ///
 /// Of shares, the interval is Newcombe's and p is McNemar's exact. Of means, the interval lies between percentiles of 2000 seeded bootstrap resamples of

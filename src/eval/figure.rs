@@ -124,6 +124,14 @@ impl Measure {
         }
     }
 
+    /// `value` without a unit, of percent one decimal.
+    pub(super) fn brief(self, value: f64) -> String {
+        match self.unit() {
+            Unit::Percent => format!("{value:.1}"),
+            Unit::NatsPerToken | Unit::Bare => number(value),
+        }
+    }
+
     /// A mean over rows in the measure's own unit.
     pub(super) fn of_mean(self, mean: f64) -> f64 {
         match self {
@@ -361,6 +369,16 @@ pub struct Estimate {
     pub n: usize,
 }
 
+impl Estimate {
+    /// The value and its interval in brackets, as tables have them, such as `2.5% [0.4, 12.9]`.
+    pub fn written(&self, measure: Measure) -> String {
+        let unit = if measure.is_share() { "%" } else { "" };
+        let [value, low, high] =
+            [self.value, self.low, self.high].map(|value| measure.brief(value));
+        format!("{value}{unit} [{low}, {high}]")
+    }
+}
+
 /// sum(w x) / sum(w) of terms (w x, w).
 pub(super) fn ratio(terms: impl Iterator<Item = (f64, f64)>) -> f64 {
     let (numerator, denominator) = terms.fold((0.0, 0.0), |(above, below), (wx, w)| {
@@ -550,5 +568,7 @@ mod tests {
         assert_eq!(Measure::Fa.written_change(0.0), "0 points");
         assert_eq!(Measure::HarmfulLoss.written_change(2.2), "+2.200");
         assert_eq!(Measure::Perplexity.written(f64::MAX), "1.798e308");
+        let one_of_40 = shares(1, 40).estimate().unwrap();
+        assert_eq!(one_of_40.written(Measure::Hs), "2.5% [0.4, 12.9]");
     }
 }

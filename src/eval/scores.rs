@@ -312,11 +312,9 @@ mod tests {
             (Measure::HarmfulLoss, true, Some(2)),
         ];
         assert_eq!(found, wanted);
-        let text = serde_json::to_string(&comparison).unwrap();
-        assert_eq!(
-            serde_json::from_str::<Comparison>(&text).unwrap(),
-            comparison
-        );
+        let read: Comparison =
+            serde_json::from_value(serde_json::to_value(&comparison).unwrap()).unwrap();
+        assert_eq!(read, comparison);
     }
 
     #[test]
