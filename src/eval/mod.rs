@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | [`answer`] | prompts | what a model says to them: computed here, or by a server |
 //! | [`judge`] | a request and the answer to it | a [`judge::Verdict`]: refused, complied, incoherent or invalid |
+//! | [`journal`] | requests or exchanges, and whoever answers or judges them | the same, of which rows that an earlier run has kept are not asked again |
 //! | [`figure`] | a value for each row | an estimate with its 95% interval |
 //! | [`scores`] | the figures of a checkpoint, or of two on the same rows | what is printed, gated and reported |
 //! | [`gate`] | scores, and what is demanded of them | which demands are met |
@@ -15,5 +16,6 @@
 pub mod answer;
 pub mod figure;
 pub mod gate;
+pub mod journal;
 pub mod judge;
 pub mod scores;
