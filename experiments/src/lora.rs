@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use panacea_formats::{
-    Adapter, AdapterConfig, Checkpoint, Destination, OutputDir, Overwrite, StoredFloats,
-    write_tensors,
+    Adapter, AdapterConfig, Checkpoint, DeltaTensor, Destination, OutputDir, Overwrite,
+    StoredFloats, write_tensors,
 };
 use panacea_patch::apply::{self, ApplySettings, Merge, Wanted};
 use panacea_patch::data::{EncodeError, Encoder, Example, TemplateChoice, TokenizerFiles};
@@ -130,11 +130,16 @@ impl Base {
             checkpoint: &checkpoint,
             adapter: &adapter,
         };
+        // A merge is of an adapter with a perturbation; this one's is nothing.
+        let first = &adapter.modules()[0].b;
+        let zeros = vec![0.0; first.elements()];
+        let nothing = DeltaTensor::new(first.name, first.shape, &zeros);
+        let wanted = Wanted::in_memory(nothing.into_iter().collect())?;
         let inputs = [self.path.as_path(), from];
         let mut output = OutputDir::create(to, Overwrite::Replace, &inputs)?;
         let _ = apply::merge(
             merge,
-            &Wanted::in_memory(Vec::new())?,
+            &wanted,
             ApplySettings::default(),
             Destination::Directory(&mut output),
             &(),

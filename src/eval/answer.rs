@@ -1,7 +1,8 @@
 //! What a model says to a request.
 //!
-//! In: requests. Out: for each of them an [`Answer`], by whoever answers: the decoder here ([`Local`]), or a server.
+//! In: requests. Out: for each of them an [`Answer`], by whoever answers: the decoder here ([`Local`]), or a server ([`Endpoint`]).
 
+pub mod endpoint;
 mod local;
 
 use std::ops::ControlFlow;
@@ -11,7 +12,9 @@ use thiserror::Error;
 
 use crate::data::{EncodeError, Request};
 use crate::model::PackError;
+use endpoint::ServerError;
 
+pub use endpoint::{Endpoint, EndpointSettings};
 pub use local::Local;
 
 /// What a model said.
@@ -54,7 +57,33 @@ pub enum AnswerError {
     /// A prompt that the model does not take.
     #[error(transparent)]
     Prompt(#[from] PackError),
+    /// A request that a server does not answer.
+    #[error("request number {place} has no answer")]
+    Server {
+        /// Its place among the requests, from 0.
+        place: usize,
+        /// Why.
+        source: Box<ServerError>,
+    },
     /// The work was asked to stop.
     #[error("interrupted")]
     Interrupted,
+}
+
+impl AnswerError {
+    /// The error of requests that are some of others: `places` says where each of them is among those.
+    #[must_use]
+    pub fn among(self, places: &[usize]) -> Self {
+        let of = |place: usize| places.get(place).copied().unwrap_or(place);
+        match self {
+            Self::Server { place, source } => Self::Server {
+                place: of(place),
+                source,
+            },
+            Self::Prompt(PackError::EmptyPrompt { index }) => {
+                Self::Prompt(PackError::EmptyPrompt { index: of(index) })
+            }
+            other => other,
+        }
+    }
 }

@@ -111,7 +111,8 @@ impl Suite {
             let (requests, expected): (Vec<_>, Vec<_>) = self.task.iter().map(item).unzip();
             let answers = subject.answers(&requests, self.task_tokens, "task", journal, watch)?;
             let graded = answers.iter().zip(&expected);
-            let graded = graded.map(|(answer, expected)| right(self.grading, expected, &answer.text));
+            let graded =
+                graded.map(|(answer, expected)| right(self.grading, expected, &answer.text));
             found.scores = found.scores.with(Figure::share(Measure::Fa, graded));
             found.task = answers;
         }
@@ -193,7 +194,13 @@ impl Computed<'_, '_> {
         let mut progress = shown(watch, measure.name());
         let means = journal.numbers(&identity, rows.len(), &mut progress, |places, take| {
             in_stretches(places, rows.len(), take, |stretch| {
-                Ok(losses(self.decoder, None, set, &rows[stretch], &mut Unwatched)?)
+                Ok(losses(
+                    self.decoder,
+                    None,
+                    set,
+                    &rows[stretch],
+                    &mut Unwatched,
+                )?)
             })
         })?;
         Ok(per_token(measure, means, &rows))
@@ -218,7 +225,10 @@ fn outcomes(
         .collect();
     let mut progress = shown(watch, "verdicts");
     let verdicts = journal.verdicts(judge, &exchanges, &mut progress)?;
-    Ok(verdicts.into_iter().map(|verdict| verdict.outcome).collect())
+    Ok(verdicts
+        .into_iter()
+        .map(|verdict| verdict.outcome)
+        .collect())
 }
 
 /// A task's item as a question and its right answer. Of a dialogue it is the first answer.
