@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::answer::{Answer, Answerer, Local};
 use super::figure::{Figure, Measure};
-use super::journal::{Journal, JournalError, Progress, Take};
+use super::journal::{Journal, JournalError, Take};
 use super::judge::{Exchange, Judge, Outcome};
 use super::measure::{DivergenceError, divergences, losses};
 use super::scores::Scores;
@@ -29,14 +29,21 @@ pub struct Suite {
     pub harmless: Vec<Request>,
     /// Tokens of an answer to a harmful or harmless request.
     pub max_new_tokens: usize,
-    /// Items of the task with their right answers: [`Measure::Fa`] and [`Measure::TaskLoss`].
-    pub task: Vec<Example>,
-    /// When a task's answer is right.
-    pub grading: Grading,
-    /// Tokens of an answer to a task item.
-    pub task_tokens: usize,
+    /// What it was fine-tuned for: [`Measure::Fa`] and [`Measure::TaskLoss`].
+    pub task: Option<TaskItems>,
     /// Ordinary text: [`Measure::Perplexity`], and [`Measure::Kl`] where two checkpoints are compared.
     pub benign: Vec<Example>,
+}
+
+/// Items of a task.
+#[derive(Clone, Debug)]
+pub struct TaskItems {
+    /// With their right answers.
+    pub items: Vec<Example>,
+    /// When an answer is right.
+    pub grading: Grading,
+    /// Tokens of an answer.
+    pub max_new_tokens: usize,
 }
 
 /// Who is scored.
@@ -107,20 +114,23 @@ impl Suite {
             found.scores = found.scores.with_harmless(judge.name(), &outcomes);
             found.harmless = answers.into_iter().zip(outcomes).collect();
         }
-        if !self.task.is_empty() {
-            let (requests, expected): (Vec<_>, Vec<_>) = self.task.iter().map(item).unzip();
-            let answers = subject.answers(&requests, self.task_tokens, "task", journal, watch)?;
+        if let Some(task) = &self.task {
+            let (requests, expected): (Vec<_>, Vec<_>) = task.items.iter().map(item).unzip();
+            let limit = task.max_new_tokens;
+            let answers = subject.answers(&requests, limit, "task", journal, watch)?;
             let graded = answers.iter().zip(&expected);
             let graded =
-                graded.map(|(answer, expected)| right(self.grading, expected, &answer.text));
+                graded.map(|(answer, expected)| right(task.grading, expected, &answer.text));
             found.scores = found.scores.with(Figure::share(Measure::Fa, graded));
             found.task = answers;
         }
         if let Subject::Decoder(computed) = &mut subject {
+            let none = Vec::new();
+            let items = self.task.as_ref().map_or(&none, |task| &task.items);
             for (measure, set, rows) in [
                 (Measure::Perplexity, Set::Benign, &self.benign),
                 (Measure::HarmfulLoss, Set::Harmful, &self.openings),
-                (Measure::TaskLoss, Set::Task, &self.task),
+                (Measure::TaskLoss, Set::Task, items),
             ] {
                 if !rows.is_empty() {
                     let figure = computed.losses(measure, set, rows, journal, watch)?;
@@ -219,7 +229,6 @@ fn outcomes(
     let exchanges: Vec<Exchange<'_>> = exchanges
         .map(|(request, answer)| Exchange {
             request: &request.text,
-            context: request.input.as_deref(),
             answer: &answer.text,
         })
         .collect();
