@@ -7,12 +7,14 @@
 //! | [`answer`] | prompts | what a model says to them: computed here, or by a server |
 //! | [`judge`] | a request and the answer to it | a [`judge::Verdict`]: refused, complied, incoherent or invalid |
 //! | [`figure`] | a value for each row | an estimate with its 95% interval |
+//! | [`compare`] | the figures of two checkpoints on the same rows | their difference, with interval and p |
 //! | [`scores`] | the figures of a checkpoint, or of two on the same rows | what is printed, gated and reported |
 //! | [`gate`] | scores, and what is demanded of them | which demands are met |
 //!
 //! A figure is a share of rows or a mean over them, and keeps its rows, so that two checkpoints can be compared row by row.
 
 pub mod answer;
+pub mod compare;
 pub mod figure;
 pub mod gate;
 pub mod judge;
