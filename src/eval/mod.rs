@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | [`answer`] | prompts | what a model says to them: computed here, or by a server |
 //! | [`judge`] | a request and the answer to it | a [`judge::Verdict`]: refused, complied, incoherent or invalid |
+//! | [`task`] | the answer to a task item, and the expected one | whether it is right |
 //! | [`figure`] | a value for each row | an estimate with its 95% interval |
 //! | [`compare`] | the figures of two checkpoints on the same rows | their difference, with interval and p |
 //! | [`scores`] | the figures of a checkpoint, or of two on the same rows | what is printed, gated and reported |
@@ -19,3 +20,4 @@ pub mod figure;
 pub mod gate;
 pub mod judge;
 pub mod scores;
+pub mod task;
