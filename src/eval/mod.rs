@@ -11,6 +11,7 @@
 //! | [`compare`] | the figures of two checkpoints on the same rows | their difference, with interval and p |
 //! | [`scores`] | the figures of a checkpoint, or of two on the same rows | what is printed, gated and reported |
 //! | [`gate`] | scores, and what is demanded of them | which demands are met |
+//! | [`junit`], [`summary`] | scores and verdicts on gates | JUnit XML and Markdown for continuous integration |
 //!
 //! A figure is a share of rows or a mean over them, and keeps its rows, so that two checkpoints can be compared row by row.
 
@@ -19,5 +20,7 @@ pub mod compare;
 pub mod figure;
 pub mod gate;
 pub mod judge;
+pub mod junit;
 pub mod scores;
+pub mod summary;
 pub mod task;
