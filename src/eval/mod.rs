@@ -8,10 +8,8 @@
 //! | [`measure`] | rows | what the loss tells of each |
 //! | [`judge`] | a request and the answer to it | a [`judge::Verdict`]: refused, complied, incoherent or invalid |
 //! | [`task`] | the answer to a task item, and the expected one | whether it is right |
-//! | [`journal`] | requests or exchanges, and whoever answers or judges them | the same, of which rows that an earlier run has kept are not asked again |
 //! | [`figure`] | a value for each row | an estimate with its 95% interval |
 //! | [`compare`] | the figures of two checkpoints on the same rows | their difference, with interval and p |
-//! | [`suite`] | all that is asked, a judge, and who answers | the scores of one checkpoint |
 //! | [`scores`] | the figures of a checkpoint, or of two on the same rows | what is printed, gated and reported |
 //! | [`gate`] | scores, and what is demanded of them | which demands are met |
 //! | [`junit`], [`summary`] | scores and verdicts on gates | JUnit XML and Markdown for continuous integration |
@@ -25,8 +23,6 @@ pub mod gate;
 pub mod journal;
 pub mod judge;
 pub mod junit;
-pub mod measure;
 pub mod scores;
-pub mod suite;
 pub mod summary;
 pub mod task;

@@ -217,6 +217,8 @@ mod tests {
             ("#### 1,072", "That makes 1072.", true),
             ("#### 72", "The final answer is: 72.00 apples of 80", true),
             ("#### 72", "#### 72\n\nQuestion: 3 more?\n#### 5", true),
+            ("#### 72", "The final answer is: 72\n#### 5", true),
+            ("#### 72", "#### 72\nThe final answer is: 5", true),
             ("#### 72", "The final answer is: 70. No, 72", false),
             ("#### 72", "It is 72. The final answer is: as above", true),
             ("#### 72", "first 72, then 80", false),

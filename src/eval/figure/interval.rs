@@ -106,6 +106,6 @@ mod tests {
                 (low..=high).contains(&1.0)
             })
             .count();
-        assert!((355..=389).contains(&covered), "{covered} of 400");
+        assert!((362..=389).contains(&covered), "{covered} of 400");
     }
 }
