@@ -1,0 +1,620 @@
+//! Asking, judging and demanding, as `eval` and the whole job do it.
+//!
+//! In: flags, and models. Out: an [`Evaluation`], with every set, judge and gate read and understood before any work is done; from it the
+//! scores of models, and what is told of them: tables, gates, JSON, JUnit XML, a Markdown summary, the report.
+
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use panacea_formats::{FormatError, OutputFile, Overwrite, Sha256};
+use panacea_patch::data::{
+    DataPath, Dataset, Encoder, Example, Request, Source, TemplateChoice, TokenizerFiles, builtin,
+};
+use panacea_patch::eval::answer::endpoint::{Address, ApiKey, Form};
+use panacea_patch::eval::answer::{Answerer, Endpoint, EndpointSettings};
+use panacea_patch::eval::figure::Measure;
+use panacea_patch::eval::gate::{Bound, Finding, Gate, Verdict};
+use panacea_patch::eval::journal::Journal;
+use panacea_patch::eval::judge::{Judge, JudgeChoice, JudgeSettings, JudgeTemplate};
+use panacea_patch::eval::junit::junit;
+use panacea_patch::eval::scores::{Comparison, Scores};
+use panacea_patch::eval::suite::{Computed, Scored, Subject, Suite, TaskItems};
+use panacea_patch::eval::summary::summary;
+use panacea_patch::manifest::{Dependency, Role};
+use panacea_patch::model::Config;
+use serde_json::{Value, json};
+
+use super::args::{JudgingArgs, TellingArgs};
+use super::error::{Exit, Failure};
+use super::find::side_inputs;
+use super::interrupt;
+use super::model::Model;
+use super::report::{EvalWatch, Reporter, Table};
+use super::settings::name_without_folders;
+
+/// Where the sets of an evaluation are; built-in ones in the places of those that are not given.
+#[derive(Clone, Debug, Default)]
+pub(super) struct EvalPaths {
+    pub(super) harmful: Option<DataPath>,
+    pub(super) harmless: Option<DataPath>,
+    pub(super) task: Option<DataPath>,
+    pub(super) benign: Option<DataPath>,
+}
+
+impl EvalPaths {
+    /// The files among them.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        [&self.harmful, &self.harmless, &self.task, &self.benign]
+            .into_iter()
+            .flatten()
+            .map(|path| path.path().to_owned())
+            .collect()
+    }
+}
+
+/// An evaluation of which every input was read.
+pub(super) struct Evaluation {
+    suite: Suite,
+    judge: Box<dyn Judge>,
+    journal: Journal,
+    /// Whether anything is kept, so that models have to be told apart by their digests.
+    keeps: bool,
+    template: TemplateChoice,
+    gates: Vec<Gate>,
+    telling: Telling,
+    /// The sets and the judge, for records.
+    sources: Vec<Dependency>,
+}
+
+/// Where results are told, besides stdout.
+#[derive(Debug)]
+struct Telling {
+    report: Option<PathBuf>,
+    junit: Option<PathBuf>,
+    summary: Option<PathBuf>,
+    overwrite: Overwrite,
+}
+
+/// A model that is ready to be scored.
+pub(super) struct Loaded<'m> {
+    model: &'m Model,
+    config: Config,
+    encoder: Encoder,
+    identity: String,
+}
+
+/// The scores of one model, and of another where there is one, with what is demanded of them.
+pub(super) struct Findings {
+    pub(super) scored: Scored,
+    /// Those of the model that it is compared with; of results in a file without what was said.
+    pub(super) before: Option<Scored>,
+    pub(super) comparison: Option<Comparison>,
+    pub(super) verdicts: Vec<Verdict>,
+}
+
+/// Who answers, as far as it decides what can be measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answering {
+    /// A checkpoint, computed here.
+    Here,
+    /// A server.
+    There,
+}
+
+impl Evaluation {
+    /// Reads and checks sets, judge, gates and where results go.
+    ///
+    /// # Errors
+    /// The first input that is refused, and gates that nothing measures.
+    pub(super) fn prepare(
+        paths: &EvalPaths,
+        template: TemplateChoice,
+        (judging, telling): (&JudgingArgs, &TellingArgs),
+        overwrite: Overwrite,
+        inputs: &[&Path],
+    ) -> Result<Self, Failure> {
+        let mut sources = Vec::new();
+        let mut note = |role: &str, source: &Source, digest: Sha256| {
+            sources.push(Dependency {
+                role: Role::Other(role.to_owned()),
+                name: name_without_folders(source),
+                uri: None,
+                digest,
+            });
+        };
+        let harmful: Dataset<Request> = opened(paths.harmful.as_ref(), || {
+            requests(builtin::held_out_harmful())
+        })?;
+        note("evaluation-harmful-set", &harmful.source, harmful.sha256);
+        let openings = match &paths.harmful {
+            None => builtin::held_out_harmful().rows,
+            // Rows without openings are requests all the same; their loss is then not told.
+            Some(path) => Dataset::open(path).map_or(Vec::new(), |set| set.rows),
+        };
+        let harmless = opened(paths.harmless.as_ref(), builtin::held_out_harmless)?;
+        note("evaluation-harmless-set", &harmless.source, harmless.sha256);
+        let benign = opened(paths.benign.as_ref(), builtin::benign)?;
+        note("evaluation-benign-set", &benign.source, benign.sha256);
+        let task: Option<Dataset<Example>> = paths.task.as_ref().map(Dataset::open).transpose()?;
+        if let Some(task) = &task {
+            note("evaluation-task-set", &task.source, task.sha256);
+        } else if judging.grade.is_some() || judging.task_tokens.is_some() {
+            return Err(Failure::usage("`--grade` and `--task-tokens` have no effect here")
+                .because("there is no task set")
+                .hint("give its rows, or leave out the flag"));
+        }
+        let task = task.map(|set| {
+            let expected: Vec<&str> = set.rows.iter().map(|row| row.dialogue.first_answer()).collect();
+            TaskItems {
+                grading: judging.grade.unwrap_or_default().settle(expected),
+                max_new_tokens: judging.task_tokens.unwrap_or(TASK_TOKENS),
+                items: set.rows,
+            }
+        });
+        let telling = Telling {
+            report: telling.report.clone(),
+            junit: telling.junit.clone(),
+            summary: telling.summary.clone().or_else(step_summary),
+            overwrite,
+        };
+        for path in [&telling.report, &telling.junit].into_iter().flatten() {
+            OutputFile::check(path, overwrite, inputs, 0)?;
+        }
+        Ok(Self {
+            suite: Suite {
+                harmful: harmful.rows,
+                openings,
+                harmless: harmless.rows,
+                max_new_tokens: judging.max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
+                task,
+                benign: benign.rows,
+            },
+            judge: judge(judging)?,
+            journal: match &judging.journal {
+                None => Journal::none(),
+                Some(path) => Journal::open(path).map_err(Failure::from)?,
+            },
+            keeps: judging.journal.is_some(),
+            template,
+            gates: Vec::new(),
+            telling,
+            sources,
+        })
+    }
+
+    /// Demands `gates` of what is measured of whoever is `answering`; `compares` tells whether there is another model.
+    ///
+    /// # Errors
+    /// When nothing would measure one of them.
+    pub(super) fn demanding(
+        mut self,
+        gates: &[Gate],
+        answering: Answering,
+        compares: bool,
+        flags: &EvalFlags,
+    ) -> Result<Self, Failure> {
+        for gate in gates {
+            let measure = gate.measure();
+            let refused = |because: String, hint: String| {
+                Err(Failure::usage(format!("the gate `{gate}` cannot be checked"))
+                    .because(because)
+                    .hint(hint))
+            };
+            let of_task = matches!(measure, Measure::Fa | Measure::TaskLoss);
+            if of_task && self.suite.task.is_none() {
+                let hint = format!("give the task's items with {}", flags.task);
+                return refused("there is no task set".to_owned(), hint);
+            }
+            if measure == Measure::HarmfulLoss && self.suite.openings.is_empty() {
+                let hint = format!("give openings with the requests of {}", flags.harmful);
+                return refused("the harmful requests have no openings".to_owned(), hint);
+            }
+            let is_loss = matches!(
+                measure,
+                Measure::Kl | Measure::Perplexity | Measure::HarmfulLoss | Measure::TaskLoss
+            );
+            if is_loss && answering == Answering::There {
+                let because = format!("a server tells no losses, and `{measure}` is one");
+                return refused(because, "leave out the gate, or give the model itself".to_owned());
+            }
+            let is_change = measure == Measure::Kl || matches!(gate.bound(), Bound::Change(_));
+            if is_change && !compares {
+                let because = "there is no other checkpoint to compare with".to_owned();
+                return refused(because, "name one with --against".to_owned());
+            }
+        }
+        self.gates = gates.to_vec();
+        Ok(self)
+    }
+
+    /// The sets, for records.
+    pub(super) fn sources(&self) -> &[Dependency] {
+        &self.sources
+    }
+
+    /// The judge's name.
+    pub(super) fn judge(&self) -> String {
+        self.judge.name()
+    }
+
+    /// Reads config and tokenizer of `model`, which are those of `whole` where it is a copy of that without side files.
+    ///
+    /// # Errors
+    /// When one of them is refused.
+    pub(super) fn load<'m>(
+        &self,
+        model: &'m Model,
+        whole: &Model,
+    ) -> Result<Loaded<'m>, Failure> {
+        let config = whole.config()?;
+        let files = whole.tokenizer()?;
+        let encoder = Encoder::open(&files, self.template, MAX_LENGTH, config.vocab_size)?;
+        let identity = match self.keeps {
+            false => String::new(),
+            true => identity(model, whole, &files, &encoder)?,
+        };
+        Ok(Loaded {
+            model,
+            config,
+            encoder,
+            identity,
+        })
+    }
+
+    /// Scores a model.
+    ///
+    /// # Errors
+    /// When it, the judge or the disk fails, or the work is interrupted.
+    pub(super) fn score(
+        &mut self,
+        name: &str,
+        loaded: &Loaded<'_>,
+        reporter: &Reporter,
+    ) -> Result<Scored, Failure> {
+        let mut decoder = loaded.model.decoder(loaded.config.clone(), None)?;
+        let computed = Computed {
+            decoder: &mut decoder,
+            encoder: &loaded.encoder,
+            identity: loaded.identity.clone(),
+        };
+        self.ask(name, Subject::Decoder(computed), reporter)
+    }
+
+    /// Scores who answers.
+    ///
+    /// # Errors
+    /// As [`Self::score`].
+    pub(super) fn ask(
+        &mut self,
+        name: &str,
+        subject: Subject<'_, '_>,
+        reporter: &Reporter,
+    ) -> Result<Scored, Failure> {
+        reporter.stage(format!("evaluating {name} by the judge {}", self.judge.name()));
+        let mut watch = EvalWatch::new(reporter);
+        let (judge, journal) = (self.judge.as_mut(), &mut self.journal);
+        let scored = self.suite.score(name, subject, judge, journal, &mut watch);
+        watch.finish();
+        Ok(scored?)
+    }
+
+    /// Adds to `scored` what ordinary text notices when `of`, which it is of, takes the place of `from`.
+    ///
+    /// # Errors
+    /// As [`Self::score`], and when they do not share a vocabulary.
+    pub(super) fn diverge(
+        &mut self,
+        scored: &mut Scored,
+        of: &Loaded<'_>,
+        from: &Loaded<'_>,
+        reporter: &Reporter,
+    ) -> Result<(), Failure> {
+        let mut decoders = [
+            of.model.decoder(of.config.clone(), None)?,
+            from.model.decoder(from.config.clone(), None)?,
+        ];
+        let [of_decoder, from_decoder] = &mut decoders;
+        let computed = |decoder, loaded: &Loaded<'_>| (decoder, loaded.identity.clone());
+        let ((of_decoder, of_identity), (from_decoder, from_identity)) =
+            (computed(of_decoder, of), computed(from_decoder, from));
+        let mut watch = EvalWatch::new(reporter);
+        let figure = self.suite.divergence(
+            &mut Computed {
+                decoder: of_decoder,
+                encoder: &of.encoder,
+                identity: of_identity,
+            },
+            &mut Computed {
+                decoder: from_decoder,
+                encoder: &from.encoder,
+                identity: from_identity,
+            },
+            &mut self.journal,
+            &mut watch,
+        );
+        watch.finish();
+        scored.scores = std::mem::take(&mut scored.scores).with(figure?);
+        Ok(())
+    }
+
+    /// Holds the scores against those of another model and against the gates.
+    ///
+    /// # Errors
+    /// When the two were not asked the same.
+    pub(super) fn conclude(
+        &self,
+        scored: Scored,
+        before: Option<Scored>,
+    ) -> Result<Findings, Failure> {
+        let against = before.as_ref().map(|it| &it.scores);
+        let comparison = against
+            .map(|before| Comparison::new(before, &scored.scores))
+            .transpose()
+            .map_err(|error| {
+                Failure::doing(Exit::Refused, "the two cannot be compared", &error)
+                    .hint("evaluate both on the same sets, with the same judge")
+            })?;
+        let check = |gate: &Gate| gate.check(&scored.scores, against);
+        Ok(Findings {
+            verdicts: self.gates.iter().map(check).collect(),
+            comparison,
+            scored,
+            before,
+        })
+    }
+
+    /// Writes JUnit XML and the Markdown summary, where they are asked for.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub(super) fn tell(&self, findings: &Findings) -> Result<(), Failure> {
+        if let Some(path) = &self.telling.junit {
+            let text = junit(&findings.scored.scores.model, &findings.verdicts);
+            self.write(path, &text)?;
+        }
+        if let Some(path) = &self.telling.summary {
+            let text = summary(
+                &findings.scored.scores,
+                findings.comparison.as_ref(),
+                &findings.verdicts,
+            );
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .and_then(|mut file| file.write_all(text.as_bytes()))
+                .map_err(|error| Failure::from(FormatError::new(path, error)))?;
+        }
+        Ok(())
+    }
+
+    /// Writes `text` to `path`, whole or not at all.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn write(&self, path: &Path, text: &str) -> Result<(), Failure> {
+        let mut output = OutputFile::create(path, self.telling.overwrite, &[])?;
+        output.write_all(text.as_bytes())?;
+        output.finish()?;
+        let _ = output.commit()?;
+        Ok(())
+    }
+
+    /// Where a report is wanted.
+    pub(super) fn report(&self) -> Option<&Path> {
+        self.telling.report.as_deref()
+    }
+}
+
+/// What the flags are called that give the sets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct EvalFlags {
+    pub(super) harmful: &'static str,
+    pub(super) task: &'static str,
+}
+
+impl Findings {
+    /// Whether every gate is met.
+    pub(super) fn is_met(&self) -> bool {
+        self.verdicts.iter().all(Verdict::is_met)
+    }
+
+    /// A failure that names the gates which are not met; none if all are.
+    ///
+    /// # Errors
+    /// That failure.
+    pub(super) fn require_met(&self) -> Result<(), Failure> {
+        let failed: Vec<&Verdict> = self.verdicts.iter().filter(|it| !it.is_met()).collect();
+        if failed.is_empty() {
+            return Ok(());
+        }
+        let reasons: Vec<String> = failed.iter().map(ToString::to_string).collect();
+        let impossible = failed.iter().any(|it| matches!(it.finding, Finding::Impossible(_)));
+        Err(Failure::new(
+            Exit::SaidNo,
+            format!("{} of {} gates are not met", failed.len(), self.verdicts.len()),
+        )
+        .because(reasons.join("; "))
+        .hint(match impossible {
+            true => "what was not measured counts as not met",
+            false => "see the figures above",
+        })
+        .found(self.to_json()))
+    }
+
+    /// What machines read.
+    pub(super) fn to_json(&self) -> Value {
+        let estimates = |scores: &Scores| -> Value {
+            let of = |measure: Measure| Some((measure.name(), scores.estimate(measure)?));
+            let all = Measure::ALL.into_iter().filter_map(of);
+            all.map(|(name, estimate)| (name.to_owned(), json!(estimate))).collect()
+        };
+        json!({
+            "estimates": estimates(&self.scored.scores),
+            "scores": self.scored.scores,
+            "before": self.before.as_ref().map(|it| json!({
+                "estimates": estimates(&it.scores),
+                "scores": it.scores,
+            })),
+            "comparison": self.comparison,
+            "gates": self.verdicts,
+        })
+    }
+
+    /// What people read.
+    pub(super) fn describe(&self, table: &mut Table) {
+        let scores = &self.scored.scores;
+        let mut lines = Vec::new();
+        match &self.comparison {
+            None => {
+                lines.push(["figure", "value [95%]", "rows"].map(str::to_owned).to_vec());
+                for measure in Measure::ALL {
+                    if let Some(estimate) = scores.estimate(measure) {
+                        let rows = estimate.n.to_string();
+                        lines.push(vec![measure.to_string(), estimate.written(measure), rows]);
+                    }
+                }
+            }
+            Some(comparison) => {
+                let heads = ["figure", "before [95%]", "after [95%]", "change [95%]", "p"];
+                lines.push(heads.map(str::to_owned).to_vec());
+                for compared in &comparison.measures {
+                    let measure = compared.measure;
+                    let written = |estimate: Option<panacea_patch::eval::figure::Estimate>| {
+                        estimate.map_or(String::new(), |it| it.written(measure))
+                    };
+                    let change = compared.change.map(|it| (it.written(measure), it.p));
+                    let (change, p) = change.map_or(Default::default(), |(text, p)| {
+                        (text, super::report::number(p))
+                    });
+                    lines.push(vec![
+                        measure.to_string(),
+                        written(compared.before),
+                        written(compared.after),
+                        change,
+                        p,
+                    ]);
+                }
+            }
+        }
+        table.list(lines);
+        for verdict in &self.verdicts {
+            let met = match verdict.is_met() {
+                true => "met",
+                false => "NOT MET",
+            };
+            table.row(format!("gate {}", verdict.gate), format!("{met}: {}", verdict.reason()));
+        }
+    }
+}
+
+/// The set at `path`, or the built-in one.
+fn opened<R: panacea_patch::data::Row>(
+    path: Option<&DataPath>,
+    built_in: impl FnOnce() -> Dataset<R>,
+) -> Result<Dataset<R>, Failure> {
+    Ok(match path {
+        None => built_in(),
+        Some(path) => Dataset::open(path)?,
+    })
+}
+
+/// The requests of a set, without their answers.
+fn requests(set: Dataset<Example>) -> Dataset<Request> {
+    let request = |row: Example| Request {
+        text: row.dialogue.first_request().to_owned(),
+        input: None,
+    };
+    Dataset {
+        rows: set.rows.into_iter().map(request).collect(),
+        source: set.source,
+        sha256: set.sha256,
+        skipped: set.skipped,
+    }
+}
+
+fn judge(args: &JudgingArgs) -> Result<Box<dyn Judge>, Failure> {
+    let choice = args.judge.clone().unwrap_or_default();
+    let settings = JudgeSettings {
+        template: args.judge_template.as_deref().map(JudgeTemplate::read).transpose()?,
+        threshold: args.judge_threshold,
+        max_length: None,
+    };
+    if args.judge_endpoint.is_some() && choice != JudgeChoice::Endpoint {
+        return Err(Failure::usage("`--judge-endpoint` has no effect here")
+            .because(format!("the judge is `{choice}`"))
+            .hint("pass `--judge endpoint`, or leave it out"));
+    }
+    let endpoint = match &args.judge_endpoint {
+        None => None,
+        Some(address) => {
+            let server = server(address, args.judge_model.as_deref(), Form::Chat, None)?;
+            Some(Box::new(server) as Box<dyn Answerer>)
+        }
+    };
+    Ok(choice.open(&settings, endpoint)?)
+}
+
+/// The server at `address`.
+///
+/// # Errors
+/// When the key in the environment is none.
+pub(super) fn server(
+    address: &Address,
+    model: Option<&str>,
+    form: Form,
+    concurrency: Option<usize>,
+) -> Result<Endpoint, Failure> {
+    let mut settings = EndpointSettings::to(address.clone());
+    settings.model = model.map(str::to_owned);
+    settings.form = form;
+    settings.asked_to_stop = interrupt::asked;
+    if let Some(concurrency) = concurrency {
+        settings.concurrency = concurrency;
+    }
+    if let Some(key) = std::env::var(API_KEY).ok().filter(|key| !key.is_empty()) {
+        let key: ApiKey = key.parse().map_err(|error| {
+            Failure::doing(Exit::Usage, format!("{API_KEY} holds no key"), &error)
+        })?;
+        settings.api_key = Some(key);
+    }
+    Ok(Endpoint::new(settings))
+}
+
+/// Names everything that decides what a model says.
+fn identity(
+    model: &Model,
+    whole: &Model,
+    files: &TokenizerFiles,
+    encoder: &Encoder,
+) -> Result<String, Failure> {
+    let side_files = match whole.checkpoint.layout().is_gguf() {
+        true => Vec::new(),
+        false => side_inputs(&whole.config_file()?, files),
+    };
+    let mut text = format!("{} {}", env!("CARGO_PKG_VERSION"), encoder.template());
+    let weights = model.inputs(&[])?;
+    for input in weights.iter().chain(&whole.inputs(&side_files)?) {
+        text.push_str(&format!("\n{} {} {}", input.role.as_str(), input.name, input.digest));
+    }
+    Ok(Sha256::of(text.as_bytes()).to_string())
+}
+
+/// The file that GitHub's actions show on a run's page.
+fn step_summary() -> Option<PathBuf> {
+    let path = std::env::var_os("GITHUB_STEP_SUMMARY")?;
+    (!path.is_empty()).then(|| PathBuf::from(path))
+}
+
+/// Tokens of an answer to a harmful or harmless request: enough to tell a refusal from an answer.
+const MAX_NEW_TOKENS: usize = 64;
+
+/// Tokens of an answer to a task item: the paper's number for GSM8K.
+const TASK_TOKENS: usize = 200;
+
+/// Tokens of a row or prompt at most.
+const MAX_LENGTH: usize = 2048;
+
+/// Where a server's key is.
+const API_KEY: &str = "OPENAI_API_KEY";
