@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use panacea_formats::Problems;
 use thiserror::Error;
-use tokenizers::Tokenizer;
+use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
 use super::chat::ChatError;
 use super::dataset::Place;
@@ -27,6 +27,18 @@ pub struct Encoder {
     max_length: usize,
     vocabulary: usize,
     eos: Eos,
+    special_tokens: SpecialTokens,
+}
+
+/// Which special tokens a prompt has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SpecialTokens {
+    /// Those that its text spells.
+    #[default]
+    Spelled,
+    /// Also those that the tokenizer puts around a text, such as a beginning-of-sequence token; not a second time where the text begins
+    /// with it.
+    Added,
 }
 
 impl Encoder {
@@ -79,7 +91,23 @@ impl Encoder {
             max_length,
             vocabulary,
             eos,
+            special_tokens: SpecialTokens::default(),
         })
+    }
+
+    /// Writes prompts with another template.
+    #[must_use]
+    pub fn with_template(self, template: Template) -> Self {
+        Self { template, ..self }
+    }
+
+    /// Chooses the special tokens of prompts. Rows of data sets have those that their template spells.
+    #[must_use]
+    pub fn with_special_tokens(self, special_tokens: SpecialTokens) -> Self {
+        Self {
+            special_tokens,
+            ..self
+        }
     }
 
     /// The template that is used; its `Display` is a phrase for people.
@@ -90,6 +118,11 @@ impl Encoder {
     /// The end-of-sequence token.
     pub fn eos(&self) -> u32 {
         self.eos.id
+    }
+
+    /// The text of the end-of-sequence token; empty if the tokenizer does not know it.
+    pub fn eos_text(&self) -> &str {
+        &self.eos.text
     }
 
     /// The tokens of every example, in order.
@@ -114,16 +147,23 @@ impl Encoder {
         Ok(rows)
     }
 
-    /// The tokens that the model is given before it answers `request`, at most the last `max_length` of them.
+    /// The tokens that the model is given before it answers `request`, at most the last `max_length` of them; special tokens that are
+    /// added around them count, and stay.
     ///
     /// # Errors
     /// [`EncodeError::VocabularyDoesNotFit`], or [`EncodeError::Tokenize`]; [`EncodeError::Prompt`] when the chat template refuses.
     pub fn prompt(&self, request: &Request) -> Result<Vec<u32>, EncodeError> {
         let text = self.template.prompt(request).map_err(EncodeError::Prompt)?;
-        let mut tokens = self.tokens(&text)?;
-        self.in_vocabulary(&tokens, None)?;
         // The question's end, and the template's call for an answer, matter more than its beginning.
-        tokens.drain(..tokens.len().saturating_sub(self.max_length));
+        let tokens = match self.special_tokens {
+            SpecialTokens::Added => self.surrounded(&text)?,
+            SpecialTokens::Spelled => {
+                let mut tokens = self.tokens(&text)?;
+                tokens.drain(..tokens.len().saturating_sub(self.max_length));
+                tokens
+            }
+        };
+        self.in_vocabulary(&tokens, None)?;
         Ok(tokens)
     }
 
@@ -177,6 +217,28 @@ impl Encoder {
             .map_err(EncodeError::Tokenize)
     }
 
+    /// The last tokens of `text` between the special tokens that the tokenizer adds, at most `max_length` with them, as transformers cuts with
+    /// `truncation_side="left"`.
+    fn surrounded(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
+        let mut encoding = self
+            .tokenizer
+            .encode_fast(text, false)
+            .map_err(EncodeError::Tokenize)?;
+        let processor = self.tokenizer.get_post_processor();
+        let added = processor.map_or(0, |it| it.added_tokens(false));
+        let left = self.max_length.saturating_sub(added);
+        encoding.truncate(left, 0, TruncationDirection::Left);
+        let encoding = self
+            .tokenizer
+            .post_process(encoding, None, true)
+            .map_err(EncodeError::Tokenize)?;
+        let tokens = encoding.get_ids();
+        Ok(match (tokens, encoding.get_special_tokens_mask()) {
+            ([added, spelled, ..], [1, 0, ..]) if added == spelled => tokens[1..].to_vec(),
+            _ => tokens.to_vec(),
+        })
+    }
+
     fn in_vocabulary(&self, tokens: &[u32], place: Option<Place>) -> Result<(), EncodeError> {
         match tokens.iter().find(|&&id| id as usize >= self.vocabulary) {
             None => Ok(()),
@@ -196,6 +258,7 @@ impl fmt::Debug for Encoder {
             .field("max_length", &self.max_length)
             .field("vocabulary", &self.vocabulary)
             .field("eos", &self.eos)
+            .field("special_tokens", &self.special_tokens)
             .finish_non_exhaustive()
     }
 }
@@ -409,6 +472,32 @@ mod tests {
             error.to_string(),
             "6 of 6 rows keep no token of their response when cut to 2 tokens: line 1; line 2; line 3; line 4; line 5; line 6"
         );
+    }
+
+    #[test]
+    fn added_special_tokens_stay_when_a_prompt_is_cut_and_are_not_doubled() {
+        let request = |text: &str| Request {
+            text: text.to_owned(),
+            input: None,
+        };
+        let open = |max_length, special| {
+            encoder(TemplateChoice::Raw, max_length).with_special_tokens(special)
+        };
+        let text = request("What is the capital of Australia?");
+        let bare = open(64, SpecialTokens::Spelled).prompt(&text).unwrap();
+        let begin = open(64, SpecialTokens::Spelled)
+            .prompt(&request("<|begin|>"))
+            .unwrap();
+        assert_eq!(begin.len(), 1);
+        let whole = [begin.clone(), bare.clone()].concat();
+        assert_eq!(open(64, SpecialTokens::Added).prompt(&text).unwrap(), whole);
+        let spelled = request(&format!("<|begin|>{}", text.text));
+        assert_eq!(
+            open(64, SpecialTokens::Added).prompt(&spelled).unwrap(),
+            whole
+        );
+        let cut = open(4, SpecialTokens::Added).prompt(&text).unwrap();
+        assert_eq!(cut, [&begin, &bare[bare.len() - 3..]].concat());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use panacea_formats::Problems;
 pub use chat::{ChatError, ChatTemplate};
 pub use data_path::{DataPath, DataPathError};
 pub use dataset::{DataError, DataErrorKind, Dataset, Place, RowError, Source};
-pub use encode::{EncodeError, Encoder};
+pub use encode::{EncodeError, Encoder, SpecialTokens};
 pub use rows::{Dialogue, Example, Message, Refusal, Request, Role, Row, RowProblem};
 pub use side_files::{Text, TokenizerFiles};
 pub use template::{Segment, Template, TemplateChoice, TemplateError, UnknownTemplate};

@@ -19,7 +19,7 @@ use super::point::Point;
 use super::targets::{Target, TargetSelection};
 use super::tensors::TargetTensors;
 use super::weights::{
-    Block, BlockMatrices, FeedForward, GatedLinear, Space, Weights, WeightsError,
+    Block, BlockMatrices, FeedForward, GatedLinear, Output, Space, Weights, WeightsError,
 };
 
 /// Whether the forward keeps each block's activations for the backward.
@@ -92,7 +92,12 @@ impl<'c> Decoder<'c> {
     where
         I: IntoIterator<Item = TensorView<'c>>,
     {
-        Self::in_space(config, tensors, Space::Weights(selection))
+        Self::in_space(
+            config,
+            tensors,
+            Space::Weights(selection),
+            Output::Vocabulary,
+        )
     }
 
     /// As [`Self::new`], with LoRA factors over some matrices, and these factors as the targets: A, then B, for each module that
@@ -109,16 +114,23 @@ impl<'c> Decoder<'c> {
     where
         I: IntoIterator<Item = TensorView<'c>>,
     {
-        Self::in_space(config, tensors, Space::Adapter(modules, selection))
+        let space = Space::Adapter(modules, selection);
+        Self::in_space(config, tensors, space, Output::Vocabulary)
     }
 
-    fn in_space<I>(config: Config, tensors: I, space: Space<'_, 'c>) -> Result<Self, WeightsError>
+    /// As [`Self::new`], but `output` is what follows the final norm: what is called logits here are then its outputs.
+    pub(super) fn in_space<I>(
+        config: Config,
+        tensors: I,
+        space: Space<'_, 'c>,
+        output: Output,
+    ) -> Result<Self, WeightsError>
     where
         I: IntoIterator<Item = TensorView<'c>>,
     {
         let by_name = tensors.into_iter().map(|view| (view.name, view)).collect();
         Ok(Self {
-            weights: Weights::resolve(&config, by_name, space)?,
+            weights: Weights::resolve(&config, by_name, space, output)?,
             activations: Activations::default(),
             released: None,
             workspace: Workspace {

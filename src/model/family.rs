@@ -404,6 +404,8 @@ pub(super) const INERT: &[&str] = &[
     "length_penalty",
     "max_length",
     "max_new_tokens",
+    // In the first configs of Llama, beside or in place of `max_position_embeddings`.
+    "max_sequence_length",
     "max_window_layers",
     "min_length",
     "model_name",

@@ -11,6 +11,7 @@
 
 mod adapter;
 mod block;
+mod classifier;
 pub(crate) mod config;
 mod decoder;
 mod family;
@@ -31,6 +32,7 @@ mod tensors;
 mod weights;
 
 pub use adapter::AdapterModule;
+pub use classifier::Classifier;
 pub use config::{Config, ConfigError};
 pub use decoder::{Activations, Decoder, PackError};
 pub use family::MODEL_TYPES;

@@ -24,7 +24,7 @@ use super::tensors::TargetTensors;
 pub(crate) struct Weights<'c> {
     /// vocab x hidden.
     pub(crate) embedding: TensorView<'c>,
-    /// vocab x hidden; the embedding when they are tied.
+    /// vocab x hidden, the embedding when they are tied; of a classifier labels x hidden.
     pub(crate) head: TensorView<'c>,
     /// hidden.
     pub(crate) final_norm: Vec<f32>,
@@ -109,6 +109,15 @@ pub(crate) enum Space<'s, 'c> {
     Adapter(Vec<AdapterModule<'c>>, Option<&'s TargetSelection>),
 }
 
+/// What the final norm's output is multiplied with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// The output matrix, vocab x hidden, or the embedding where they are tied.
+    Vocabulary,
+    /// The matrix of a classifier of so many labels, labels x hidden, under transformers' name for it.
+    Labels(usize),
+}
+
 /// Why a checkpoint's tensors do not make the decoder that its config describes.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
@@ -183,7 +192,8 @@ pub fn check_tensors<'c>(
 ) -> Result<(), WeightsError> {
     let tensors = tensors.into_iter().map(|tensor| (tensor.name, tensor));
     let selection = TargetSelection::default();
-    Weights::resolve(config, tensors.collect(), Space::Weights(&selection)).map(|_| ())
+    let space = Space::Weights(&selection);
+    Weights::resolve(config, tensors.collect(), space, Output::Vocabulary).map(|_| ())
 }
 
 /// What the names of the text decoder's tensors begin with, given whether a tensor of some name exists. In a model with several
@@ -203,12 +213,16 @@ const PREFIXES: [(&str, &str); 4] = [
     ("", "lm_head.weight"),
 ];
 
+/// The matrix of a classifier, in every family.
+const SCORE: &str = "score.weight";
+
 impl<'c> Weights<'c> {
     /// Finds every tensor that `config` asks for among `tensors`, and what `space` names.
     pub(crate) fn resolve(
         config: &Config,
         tensors: HashMap<&str, TensorView<'c>>,
         space: Space<'_, 'c>,
+        output: Output,
     ) -> Result<Self, WeightsError> {
         let prefix = decoder_prefix(|name| tensors.contains_key(name)).unwrap_or("model.");
         let head_name = PREFIXES
@@ -223,9 +237,12 @@ impl<'c> Weights<'c> {
         };
         let shape = [config.vocab_size, config.hidden_size];
         let embedding = finder.matrix(format!("{prefix}embed_tokens.weight"), shape)?;
-        let head = match config.tie_word_embeddings {
-            true => embedding,
-            false => finder.matrix(head_name.to_owned(), shape)?,
+        let head = match (output, config.tie_word_embeddings) {
+            (Output::Vocabulary, true) => embedding,
+            (Output::Vocabulary, false) => finder.matrix(head_name.to_owned(), shape)?,
+            (Output::Labels(labels), _) => {
+                finder.matrix(SCORE.to_owned(), [labels, config.hidden_size])?
+            }
         };
         let final_norm = finder.norm(format!("{prefix}norm"), config.hidden_size)?;
         let blocks = (0..config.blocks.len())
