@@ -3,6 +3,8 @@
 //! No flag has a default here, so that [`super::settings`] can tell what was given from what was not: a flag that the chosen
 //! method would pass over is refused rather than ignored. Parsers refuse values that no setting could make sense of.
 
+mod evaluation;
+
 use std::error::Error;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -19,6 +21,10 @@ use panacea_patch::model::TargetSelection;
 
 use super::error::chain;
 use super::memory::MemorySize;
+
+pub(crate) use evaluation::{
+    EndpointArgs, EvalArgs, EvalSetArgs, JudgingArgs, PatchEvalArgs, TellingArgs,
+};
 
 /// Restores the safety of a fine-tuned language model with a small optimized perturbation of its weights.
 ///
@@ -52,6 +58,8 @@ pub(crate) enum Command {
     Apply(ApplyArgs),
     /// Make a GGUF file of a Hugging Face checkpoint, or a Hugging Face directory of a GGUF file.
     Convert(ConvertArgs),
+    /// Measure whether a model refuses what it should and still does what it did.
+    Eval(Box<EvalArgs>),
     /// Check files against their signature, or, without a key, against their manifest.
     Verify(VerifyArgs),
     /// Tell what a checkpoint, perturbation, manifest or signature holds.
@@ -110,6 +118,12 @@ pub(crate) struct PatchArgs {
     pub(crate) data: DataArgs,
     #[command(flatten)]
     pub(crate) method: MethodArgs,
+    #[command(flatten)]
+    pub(crate) evaluation: PatchEvalArgs,
+    #[command(flatten)]
+    pub(crate) judging: JudgingArgs,
+    #[command(flatten)]
+    pub(crate) telling: TellingArgs,
     #[command(flatten)]
     pub(crate) work: WorkArgs,
     #[command(flatten)]

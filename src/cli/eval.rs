@@ -39,7 +39,12 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
     let told = (&args.judging, &args.telling);
     let template = args.sets.template.unwrap_or_default();
     let mut evaluation = Evaluation::prepare(&paths, template, told, overwrite, &inputs)?
-        .demanding(&args.telling.gate, answering, args.against.is_some(), &FLAGS)?;
+        .demanding(
+            &args.telling.gate,
+            answering,
+            args.against.is_some(),
+            &FLAGS,
+        )?;
     interrupt::listen()?;
     let findings = match &args.endpoint.endpoint {
         Some(address) => of_server(args, address, &mut evaluation, reporter)?,
@@ -99,8 +104,7 @@ fn of_model(
         Some(other) => {
             let other_model = Model::open(other, usage(None), reporter)?;
             let other_loaded = evaluation.load(&other_model, &other_model)?;
-            let before =
-                evaluation.score(&other.display().to_string(), &other_loaded, reporter)?;
+            let before = evaluation.score(&other.display().to_string(), &other_loaded, reporter)?;
             let mut scored = evaluation.score(&name, &loaded, reporter)?;
             evaluation.diverge(&mut scored, &loaded, &other_loaded, reporter)?;
             return evaluation.conclude(scored, Some(before));

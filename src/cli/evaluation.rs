@@ -140,12 +140,18 @@ impl Evaluation {
         if let Some(task) = &task {
             note("evaluation-task-set", &task.source, task.sha256);
         } else if judging.grade.is_some() || judging.task_tokens.is_some() {
-            return Err(Failure::usage("`--grade` and `--task-tokens` have no effect here")
-                .because("there is no task set")
-                .hint("give its rows, or leave out the flag"));
+            return Err(
+                Failure::usage("`--grade` and `--task-tokens` have no effect here")
+                    .because("there is no task set")
+                    .hint("give its rows, or leave out the flag"),
+            );
         }
         let task = task.map(|set| {
-            let expected: Vec<&str> = set.rows.iter().map(|row| row.dialogue.first_answer()).collect();
+            let expected: Vec<&str> = set
+                .rows
+                .iter()
+                .map(|row| row.dialogue.first_answer())
+                .collect();
             TaskItems {
                 grading: judging.grade.unwrap_or_default().settle(expected),
                 max_new_tokens: judging.task_tokens.unwrap_or(TASK_TOKENS),
@@ -197,9 +203,11 @@ impl Evaluation {
         for gate in gates {
             let measure = gate.measure();
             let refused = |because: String, hint: String| {
-                Err(Failure::usage(format!("the gate `{gate}` cannot be checked"))
-                    .because(because)
-                    .hint(hint))
+                Err(
+                    Failure::usage(format!("the gate `{gate}` cannot be checked"))
+                        .because(because)
+                        .hint(hint),
+                )
             };
             let of_task = matches!(measure, Measure::Fa | Measure::TaskLoss);
             if of_task && self.suite.task.is_none() {
@@ -216,7 +224,10 @@ impl Evaluation {
             );
             if is_loss && answering == Answering::There {
                 let because = format!("a server tells no losses, and `{measure}` is one");
-                return refused(because, "leave out the gate, or give the model itself".to_owned());
+                return refused(
+                    because,
+                    "leave out the gate, or give the model itself".to_owned(),
+                );
             }
             let is_change = measure == Measure::Kl || matches!(gate.bound(), Bound::Change(_));
             if is_change && !compares {
@@ -242,11 +253,7 @@ impl Evaluation {
     ///
     /// # Errors
     /// When one of them is refused.
-    pub(super) fn load<'m>(
-        &self,
-        model: &'m Model,
-        whole: &Model,
-    ) -> Result<Loaded<'m>, Failure> {
+    pub(super) fn load<'m>(&self, model: &'m Model, whole: &Model) -> Result<Loaded<'m>, Failure> {
         let config = whole.config()?;
         let files = whole.tokenizer()?;
         let encoder = Encoder::open(&files, self.template, MAX_LENGTH, config.vocab_size)?;
@@ -291,7 +298,10 @@ impl Evaluation {
         subject: Subject<'_, '_>,
         reporter: &Reporter,
     ) -> Result<Scored, Failure> {
-        reporter.stage(format!("evaluating {name} by the judge {}", self.judge.name()));
+        reporter.stage(format!(
+            "evaluating {name} by the judge {}",
+            self.judge.name()
+        ));
         let mut watch = EvalWatch::new(reporter);
         let (judge, journal) = (self.judge.as_mut(), &mut self.journal);
         let scored = self.suite.score(name, subject, judge, journal, &mut watch);
@@ -430,10 +440,16 @@ impl Findings {
             return Ok(());
         }
         let reasons: Vec<String> = failed.iter().map(ToString::to_string).collect();
-        let impossible = failed.iter().any(|it| matches!(it.finding, Finding::Impossible(_)));
+        let impossible = failed
+            .iter()
+            .any(|it| matches!(it.finding, Finding::Impossible(_)));
         Err(Failure::new(
             Exit::SaidNo,
-            format!("{} of {} gates are not met", failed.len(), self.verdicts.len()),
+            format!(
+                "{} of {} gates are not met",
+                failed.len(),
+                self.verdicts.len()
+            ),
         )
         .because(reasons.join("; "))
         .hint(match impossible {
@@ -448,7 +464,8 @@ impl Findings {
         let estimates = |scores: &Scores| -> Value {
             let of = |measure: Measure| Some((measure.name(), scores.estimate(measure)?));
             let all = Measure::ALL.into_iter().filter_map(of);
-            all.map(|(name, estimate)| (name.to_owned(), json!(estimate))).collect()
+            all.map(|(name, estimate)| (name.to_owned(), json!(estimate)))
+                .collect()
         };
         json!({
             "estimates": estimates(&self.scored.scores),
@@ -468,7 +485,11 @@ impl Findings {
         let mut lines = Vec::new();
         match &self.comparison {
             None => {
-                lines.push(["figure", "value [95%]", "rows"].map(str::to_owned).to_vec());
+                lines.push(
+                    ["figure", "value [95%]", "rows"]
+                        .map(str::to_owned)
+                        .to_vec(),
+                );
                 for measure in Measure::ALL {
                     if let Some(estimate) = scores.estimate(measure) {
                         let rows = estimate.n.to_string();
@@ -504,7 +525,10 @@ impl Findings {
                 true => "met",
                 false => "NOT MET",
             };
-            table.row(format!("gate {}", verdict.gate), format!("{met}: {}", verdict.reason()));
+            table.row(
+                format!("gate {}", verdict.gate),
+                format!("{met}: {}", verdict.reason()),
+            );
         }
     }
 }
@@ -537,7 +561,11 @@ fn requests(set: Dataset<Example>) -> Dataset<Request> {
 fn judge(args: &JudgingArgs) -> Result<Box<dyn Judge>, Failure> {
     let choice = args.judge.clone().unwrap_or_default();
     let settings = JudgeSettings {
-        template: args.judge_template.as_deref().map(JudgeTemplate::read).transpose()?,
+        template: args
+            .judge_template
+            .as_deref()
+            .map(JudgeTemplate::read)
+            .transpose()?,
         threshold: args.judge_threshold,
         max_length: None,
     };
@@ -596,7 +624,12 @@ fn identity(
     let mut text = format!("{} {}", env!("CARGO_PKG_VERSION"), encoder.template());
     let weights = model.inputs(&[])?;
     for input in weights.iter().chain(&whole.inputs(&side_files)?) {
-        text.push_str(&format!("\n{} {} {}", input.role.as_str(), input.name, input.digest));
+        text.push_str(&format!(
+            "\n{} {} {}",
+            input.role.as_str(),
+            input.name,
+            input.digest
+        ));
     }
     Ok(Sha256::of(text.as_bytes()).to_string())
 }

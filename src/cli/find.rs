@@ -552,7 +552,7 @@ pub(super) fn required_side_file(checkpoint: &Checkpoint, name: &str) -> Result<
 }
 
 /// The files besides weights that decide the result.
-fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
+pub(super) fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
     let texts = [
         &files.tokenizer_config,
         &files.special_tokens_map,

@@ -9,6 +9,8 @@ mod args;
 mod base;
 mod convert;
 mod error;
+mod eval;
+mod evaluation;
 mod find;
 mod form;
 mod inspect;
@@ -56,6 +58,7 @@ fn run(cli: &Cli) -> Exit {
         Some(Command::Optimize(args)) => ("optimize", &args.run),
         Some(Command::Apply(args)) => ("apply", &args.run),
         Some(Command::Convert(args)) => ("convert", &args.run),
+        Some(Command::Eval(args)) => ("eval", &args.run),
         Some(Command::Verify(args)) => ("verify", &args.run),
         Some(Command::Inspect(args)) => ("inspect", &args.run),
         Some(Command::Keygen(args)) => ("keygen", &args.run),
@@ -93,6 +96,7 @@ fn dispatch(cli: &Cli, reporter: &Reporter) -> Result<(), Failure> {
         Some(Command::Optimize(args)) => optimize::run(args, reporter),
         Some(Command::Apply(args)) => apply::run(args, reporter),
         Some(Command::Convert(args)) => convert::run(args, reporter),
+        Some(Command::Eval(args)) => eval::run(args, reporter),
         Some(Command::Verify(args)) => verify::run(args, reporter),
         Some(Command::Inspect(args)) => inspect::run(args, reporter),
         Some(Command::Keygen(args)) => keygen::run(args, reporter),

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::args::RunArgs;
 use super::error::{Exit, Failure};
 
-pub(super) use progress::{CopyWatch, Saver, StepWatch};
+pub(super) use progress::{CopyWatch, EvalWatch, Saver, StepWatch};
 pub(super) use table::{Table, bar, bytes, number, percent};
 
 /// Where words go.
@@ -113,6 +113,14 @@ impl Reporter {
         match self.json {
             true => print_json(&report),
             false => print_text(&table.to_string()),
+        }
+    }
+
+    /// Prints, for people, what was found before a failure that ends the work.
+    pub(super) fn partial(&self, table: &Table) {
+        if !self.json {
+            // The failure that follows is told in any case.
+            let _ = print_text(&table.to_string());
         }
     }
 

@@ -494,7 +494,7 @@ pub(super) fn used_sets(search: &Search, sets: &Sets) -> Vec<(Set, DataSource)> 
 }
 
 /// The name of a data set: the file's, with its filter, without its folders.
-fn name_without_folders(source: &Source) -> String {
+pub(super) fn name_without_folders(source: &Source) -> String {
     match source {
         Source::BuiltIn(_) => source.to_string(),
         Source::File(path) => {

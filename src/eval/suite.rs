@@ -229,6 +229,7 @@ fn outcomes(
     let exchanges: Vec<Exchange<'_>> = exchanges
         .map(|(request, answer)| Exchange {
             request: &request.text,
+            context: request.input.as_deref(),
             answer: &answer.text,
         })
         .collect();

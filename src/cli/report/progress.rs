@@ -1,9 +1,11 @@
 //! Progress of long work, and what happens when it is interrupted.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use panacea_patch::eval::suite;
 use panacea_patch::optimize::{self, Phase, State, StepRecord};
 use panacea_patch::resume::{self, Identity};
 
@@ -137,6 +139,41 @@ fn step_line(record: &StepRecord, took: Duration) -> String {
     }
     line.push_str(&format!(" ({:.1} s)", took.as_secs_f64()));
     line
+}
+
+/// Watches an evaluation: a bar for what is being asked or computed.
+#[derive(Debug)]
+pub(in crate::cli) struct EvalWatch {
+    bar: ProgressBar,
+}
+
+impl EvalWatch {
+    pub(in crate::cli) fn new(reporter: &Reporter) -> Self {
+        Self {
+            bar: reporter
+                .progress_bar("{spinner} {msg} [{bar:32}] {pos}/{len} rows, {per_sec}, {eta} left"),
+        }
+    }
+
+    /// Clears the progress away.
+    pub(in crate::cli) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl suite::Watch for EvalWatch {
+    fn progress(&mut self, what: &str, done: usize, total: usize) -> ControlFlow<()> {
+        if done == 0 {
+            self.bar.reset();
+            self.bar.set_message(what.to_owned());
+        }
+        self.bar.set_length(total as u64);
+        self.bar.set_position(done as u64);
+        match interrupt::asked() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
 }
 
 /// Watches a copy being written.
