@@ -3,6 +3,7 @@
 Parts:
   tokenizer  texts become the ids that llama.cpp makes of them
   tokens     the greedy continuations are llama.cpp's
+  server     llama.cpp, asked as any server is, says what the program's own decoder says of the same numbers, to chats and to prompts
   copy       a perturbation at strength 0 leaves every byte of the file
   patch      a patch that Q4_1 would lose is refused; kept in Q8_0, the file differs in the patched tensors alone, loads in llama.cpp, and
              still knows the capital of France
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,16 +45,25 @@ ODD_TEXTS = [
     "a" * 300,
 ]
 TOKENS = 24
+# Answers of which some come to their end, and some to the limit.
+QUESTIONS = [
+    "What is the capital of France?",
+    "Answer with one word: what color is the sky?",
+    "Write a haiku about the sea.",
+    "Translate to French: Good morning!",
+    "List three fruits.",
+]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", required=True, type=Path)
     parser.add_argument("--generate", required=True, type=Path)
+    parser.add_argument("--ask", required=True, type=Path)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("parts", nargs="*", metavar="PART")
     options = parser.parse_args()
-    parts = {"tokenizer": tokenizer, "tokens": tokens, "copy": copy, "patch": patch}
+    parts = {"tokenizer": tokenizer, "tokens": tokens, "server": server, "copy": copy, "patch": patch}
     unknown = set(options.parts) - set(parts)
     if unknown:
         parser.error(f"no part is called {', '.join(sorted(unknown))}")
@@ -79,9 +90,7 @@ def tokens(options, work):
             theirs = continuation(post, line["prompt"])[0]
             same = agreeing(line["tokens"], theirs)
             print(f"  with 8-bit activations, {same} of {len(line['tokens'])} tokens are the same after {text!r}")
-    wide = work / "f32.gguf"
-    widen(options.model, wide)
-    with served(wide) as post:
+    with served(widened(options, work)) as post:
         for text, line in zip(TEXTS, ours, strict=True):
             theirs, said = continuation(post, line["prompt"])
             same = agreeing(line["tokens"], theirs)
@@ -89,7 +98,24 @@ def tokens(options, work):
                 line["tokens"] == theirs,
                 f"{text!r} goes on differently after {same} tokens: {line['text']!r}, and with llama.cpp {said!r}",
             )
-    wide.unlink()
+
+
+def server(options, work):
+    wide = widened(options, work)
+    key = "a-key"
+    for texts, form in ((QUESTIONS, []), (TEXTS, ["--raw"])):
+        words = [*texts, *form, "--max-new-tokens", TOKENS]
+        ours = [json.loads(line) for line in run(options.generate, wide, *words).splitlines()]
+        with listening(wide, key) as address:
+            theirs = [json.loads(line) for line in run(options.ask, address, *words, API_KEY=key).splitlines()]
+            refused = subprocess.run([options.ask, address, "a"], capture_output=True, text=True, env={"API_KEY": "another"})
+        for text, mine, other in zip(texts, ours, theirs, strict=True):
+            check(mine["text"] == other["text"], f"to {text!r} we say {mine['text']!r}, and the server {other['text']!r}")
+            ended = len(mine["tokens"]) < TOKENS
+            check(other["ended"] == ended, f"to {text!r} we say {len(mine['tokens'])} tokens, and the server's answer {other}")
+        print(f"  {sum(line['ended'] for line in theirs)} of {len(texts)} came to their end before {TOKENS} tokens")
+        check(refused.returncode != 0 and "status: 401" in refused.stderr, f"another key is accepted, or so it is said: {refused}")
+        check("another" not in refused.stderr, f"the key is shown: {refused}")
 
 
 def copy(options, work):
@@ -149,8 +175,8 @@ def generate(options, texts, count):
 
 
 @contextlib.contextmanager
-def served(model):
-    """llama.cpp with `model`, as a function from a path and a body to an answer."""
+def listening(model, key=None):
+    """llama.cpp with `model`, by its address."""
     settings = xllamacpp.CommonParams()
     settings.model.path = str(model)
     settings.n_ctx = 512
@@ -159,16 +185,27 @@ def served(model):
     # Keys and values would be kept in F16.
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    # What it remembers of one prompt would be summed in another order for the next.
+    settings.cache_prompt = False
+    if key:
+        settings.api_keys = [key]
     server = xllamacpp.Server(settings)
-
-    def post(path, body):
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
-
-    yield post
+    yield server.listening_address
     del server
+
+
+@contextlib.contextmanager
+def served(model):
+    """llama.cpp with `model`, as a function from a path and a body to an answer."""
+    with listening(model) as address:
+
+        def post(path, body):
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(address + path, json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request) as response:
+                return json.load(response)
+
+        yield post
 
 
 def continuation(post, prompt):
@@ -176,6 +213,14 @@ def continuation(post, prompt):
     body = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "samplers": ["top_k"], "top_k": 1}
     answer = post("/completion", body | {"return_tokens": True, "cache_prompt": False})
     return answer["tokens"], answer["content"]
+
+
+def widened(options, work):
+    """The model's numbers in F32, written once."""
+    wide = work / "f32.gguf"
+    if not wide.exists():
+        widen(options.model, wide)
+    return wide
 
 
 def widen(model, out):
@@ -208,8 +253,8 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def run(*words):
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+def run(*words, **variables):
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=os.environ | variables)
     check(done.returncode == 0, f"{words[0].name} fails with exit code {done.returncode}: {done.stderr}")
     return done.stdout
 

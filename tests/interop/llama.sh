@@ -3,8 +3,8 @@
 #
 # usage: tests/interop/llama.sh PROGRAM [VENV [PART ...]]
 #
-# PROGRAM is panacea-patch, with examples/generate compiled beside it ($PANACEA_GENERATE names another). VENV is made if it is not there, with
-# requirements-llama.txt (150 MB, from the network); the model (98 MB) is kept in the target folder. PARTs are those of llama.py, which says
+# PROGRAM is panacea-patch, with examples/generate and examples/ask compiled beside it ($PANACEA_GENERATE and $PANACEA_ASK name others). VENV is made if it is
+# not there, with requirements-llama.txt (150 MB, from the network); the model (98 MB) is kept in the target folder. PARTs are those of llama.py, which says
 # what is checked; all of them if none is given. Takes some minutes on two cores, and writes nothing outside of VENV, the target folder and
 # $TMPDIR, where it needs 1 GB.
 set -euo pipefail
@@ -22,4 +22,5 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 "$root/tests/interop/real_model.sh" "$target/real-model" "$venv/bin/python"
 "$venv/bin/python" "$root/tests/interop/llama.py" --program "$program" \
-    --generate "${PANACEA_GENERATE:-$(dirname "$program")/examples/generate}" --model "$target/real-model/smollm2.gguf" "$@"
+    --generate "${PANACEA_GENERATE:-$(dirname "$program")/examples/generate}" \
+    --ask "${PANACEA_ASK:-$(dirname "$program")/examples/ask}" --model "$target/real-model/smollm2.gguf" "$@"

@@ -282,6 +282,8 @@ fn as_many_requests_are_on_their_way_as_may_be_and_no_more() {
     let server = Server::start(move |_| {
         counted.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
         barrier.wait();
+        // Time for one more to come, if there were one.
+        thread::sleep(Duration::from_millis(20));
         inside.fetch_sub(1, Ordering::SeqCst);
         says("a")
     });
