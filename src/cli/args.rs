@@ -22,9 +22,7 @@ use panacea_patch::model::TargetSelection;
 use super::error::chain;
 use super::memory::MemorySize;
 
-pub(crate) use evaluation::{
-    EndpointArgs, EvalArgs, EvalSetArgs, JudgingArgs, PatchEvalArgs, TellingArgs,
-};
+pub(crate) use evaluation::{EvalArgs, JudgingArgs, PatchEvalArgs, TellingArgs};
 
 /// Restores the safety of a fine-tuned language model with a small optimized perturbation of its weights.
 ///

@@ -150,19 +150,22 @@ impl Journal {
         progress: &mut Progress<'_>,
     ) -> Result<Vec<Verdict>, JournalError> {
         let name = judge.name();
-        let key = |it: &Exchange<'_>| key_of(&json!(["verdict", name, it.request, it.answer]));
+        let key = |it: &Exchange<'_>| {
+            let Exchange {
+                request,
+                context,
+                answer,
+            } = it;
+            key_of(&json!(["verdict", name, request, context, answer]))
+        };
         let keys: Vec<Sha256> = exchanges.iter().map(key).collect();
         self.rows(&keys, progress, |places, take| {
-            for places in places.chunks(JUDGED_AT_ONCE) {
-                let asked: Vec<Exchange<'_>> =
-                    places.iter().map(|&place| exchanges[place]).collect();
-                for (index, verdict) in judge.judge(&asked)?.into_iter().enumerate() {
-                    if give(places, take, index, verdict).is_break() {
-                        return Ok(());
-                    }
-                }
-            }
-            Ok(())
+            let asked: Vec<Exchange<'_>> = places.iter().map(|&place| exchanges[place]).collect();
+            judge
+                .judge(&asked, &mut |index, verdict| {
+                    give(places, take, index, verdict)
+                })
+                .map_err(JournalError::from)
         })
     }
 
@@ -622,9 +625,6 @@ const VERSION: u64 = 1;
 
 /// Bytes of a line at most, with its end: four times the largest response that a server may give.
 const LINE_BYTES: u64 = 16 << 20;
-
-/// Exchanges that are judged together, and lost together when the process is killed.
-const JUDGED_AT_ONCE: usize = 32;
 
 #[cfg(test)]
 #[path = "journal_tests.rs"]

@@ -54,14 +54,23 @@ impl Judge for Ruler {
         "ruler".to_owned()
     }
 
-    fn judge(&mut self, exchanges: &[Exchange<'_>]) -> Result<Vec<Verdict>, JudgeError> {
-        self.asked += exchanges.len();
-        let verdict = |it: &Exchange<'_>| Verdict {
-            outcome: Outcome::Complied,
-            score: Some(f64::from(u32::try_from(it.answer.len()).unwrap()) / 3.0),
-            categories: vec!["length".to_owned()],
-        };
-        Ok(exchanges.iter().map(verdict).collect())
+    fn judge(
+        &mut self,
+        exchanges: &[Exchange<'_>],
+        each: &mut judge::Each<'_>,
+    ) -> Result<(), JudgeError> {
+        for (index, it) in exchanges.iter().enumerate() {
+            self.asked += 1;
+            let verdict = Verdict {
+                outcome: Outcome::Complied,
+                score: Some(f64::from(u32::try_from(it.answer.len()).unwrap()) / 3.0),
+                categories: vec!["length".to_owned()],
+            };
+            if each(index, verdict).is_break() {
+                return Err(JudgeError::Interrupted);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -211,6 +220,7 @@ fn verdicts_come_back_to_the_bit() {
     let said = ["", "a", "of seven", "a", "x"];
     let exchange = |answer| Exchange {
         request: "q",
+        context: None,
         answer,
     };
     let exchanges = said.map(exchange);
@@ -223,7 +233,7 @@ fn verdicts_come_back_to_the_bit() {
     };
     let first = judged();
     assert_eq!(first, judged());
-    assert_eq!(first, Ruler::default().judge(&exchanges).unwrap());
+    assert_eq!(first, Ruler::default().judge_all(&exchanges).unwrap());
     assert_eq!(ruler.asked, 4);
 }
 

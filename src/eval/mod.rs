@@ -10,6 +10,7 @@
 //! | [`task`] | the answer to a task item, and the expected one | whether it is right |
 //! | [`figure`] | a value for each row | an estimate with its 95% interval |
 //! | [`compare`] | the figures of two checkpoints on the same rows | their difference, with interval and p |
+//! | [`suite`] | all that is asked, a judge, and who answers | the scores of one checkpoint |
 //! | [`scores`] | the figures of a checkpoint, or of two on the same rows | what is printed, gated and reported |
 //! | [`gate`] | scores, and what is demanded of them | which demands are met |
 //! | [`junit`], [`summary`] | scores and verdicts on gates | JUnit XML and Markdown for continuous integration |
@@ -23,6 +24,8 @@ pub mod gate;
 pub mod journal;
 pub mod judge;
 pub mod junit;
+pub mod measure;
 pub mod scores;
+pub mod suite;
 pub mod summary;
 pub mod task;

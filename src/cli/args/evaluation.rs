@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use panacea_patch::data::{DataPath, TemplateChoice};
-use panacea_patch::eval::answer::Address;
+use panacea_patch::eval::answer::endpoint::Address;
 use panacea_patch::eval::gate::Gate;
 use panacea_patch::eval::judge::{JudgeChoice, Threshold};
 use panacea_patch::eval::task::GradingChoice;
@@ -127,9 +127,9 @@ pub(crate) struct EndpointArgs {
 #[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Evaluation")]
 pub(crate) struct JudgingArgs {
-    /// Who tells harmful answers from others: `keyword[:LIST]`, `seqcls:DIR`, `generate:DIR` or `endpoint` [default: keyword:heretic].
+    /// Who tells harmful answers from others: `keyword[:LIST]`, `seqcls:DIR`, `generate:DIR` or `endpoint` [default: keyword].
     ///
-    /// Lists are gcg, harmbench, refusal-direction and heretic. `seqcls` is a classifier such as beaver-dam-7b, `generate` a model that writes its
+    /// Lists are panacea (the program's own), gcg, harmbench, refusal-direction and heretic. `seqcls` is a classifier such as beaver-dam-7b, `generate` a model that writes its
     /// verdict, such as Llama Guard.
     #[arg(long, value_name = "JUDGE", value_parser = explained::<JudgeChoice>)]
     pub(crate) judge: Option<JudgeChoice>,
