@@ -9,6 +9,8 @@
 //! stored as their bits, since a decimal text need not come back as the same number. The file is for this machine
 //! and this version of the program; it is deleted when the run is done.
 
+mod trials;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,9 +21,12 @@ use panacea_formats::{
     FormatError, OutputError, OutputFile, Overwrite, Problems, SafetensorsFile, Sha256,
     StoredFloats, shown, write_tensors,
 };
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
+
+pub use trials::{load_trials, save_trials};
 
 use crate::model::TargetTensors;
 use crate::optimize::{State, StepRecord};
@@ -121,17 +126,7 @@ pub fn load(path: &Path, identity: &Identity) -> Result<State<'static>, ResumeEr
     }
     let record: Record =
         serde_json::from_value(value).map_err(|error| syntax(JsonError::from(error)))?;
-    if record.run != identity.digest() || record.identity != *identity {
-        return Err(
-            Problems::none_of(record.identity.differences(identity)).map_or_else(
-                |differences| ResumeError::OtherRun {
-                    path: path.to_owned(),
-                    differences,
-                },
-                |()| malformed("its digest is not that of its record"),
-            ),
-        );
-    }
+    check_identity(path, record.run, &record.identity, identity)?;
     let steps: Vec<StepRecord> = record
         .steps
         .into_iter()
@@ -167,7 +162,7 @@ pub fn load(path: &Path, identity: &Identity) -> Result<State<'static>, ResumeEr
     Ok(State { steps, tensors })
 }
 
-/// Why a state cannot be saved or taken up again.
+/// Why a state, or trials, cannot be saved or taken up again.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ResumeError {
@@ -200,7 +195,7 @@ pub enum ResumeError {
         source: JsonError,
     },
     /// A number of a step cannot be stored.
-    #[error("a step's numbers cannot be stored")]
+    #[error("the numbers of a step or a trial cannot be stored")]
     Step(#[from] JsonError),
     /// The file cannot be written.
     #[error(transparent)]
@@ -252,24 +247,42 @@ fn tensor_name(name: &str, target: usize) -> String {
     format!("{name}.{target}")
 }
 
-/// A step with each fractional number as the text of its bits.
-fn to_bits(step: &StepRecord) -> Result<Value, JsonError> {
-    let Value::Object(fields) = serde_json::to_value(step)? else {
-        return Ok(Value::Null);
-    };
-    let stored = |value: Value| match value.as_f64() {
-        Some(number) if value.is_f64() => Value::from(format!("{BITS}{:016x}", number.to_bits())),
-        _ => value,
-    };
-    Ok(fields
-        .into_iter()
-        .map(|(name, value)| (name, stored(value)))
-        .collect::<Map<_, _>>()
-        .into())
+/// Refuses a file of another run, that of `found` with the digest `run`, than the one that is `identity`.
+fn check_identity(
+    path: &Path,
+    run: Sha256,
+    found: &Identity,
+    identity: &Identity,
+) -> Result<(), ResumeError> {
+    if run == identity.digest() && found == identity {
+        return Ok(());
+    }
+    Err(Problems::none_of(found.differences(identity)).map_or_else(
+        |differences| ResumeError::OtherRun {
+            path: path.to_owned(),
+            differences,
+        },
+        |()| ResumeError::Malformed {
+            path: path.to_owned(),
+            reason: "its digest is not that of its record",
+        },
+    ))
 }
 
-fn from_bits(step: Value) -> Result<StepRecord, JsonError> {
-    let restored = |value: Value| {
+/// As JSON, with each fractional number as the text of its bits.
+fn to_bits(record: &impl Serialize) -> Result<Value, JsonError> {
+    Ok(each_leaf(serde_json::to_value(record)?, &|value| {
+        match value.as_f64() {
+            Some(number) if value.is_f64() => {
+                Value::from(format!("{BITS}{:016x}", number.to_bits()))
+            }
+            _ => value,
+        }
+    }))
+}
+
+fn from_bits<T: DeserializeOwned>(stored: Value) -> Result<T, JsonError> {
+    Ok(serde_json::from_value(each_leaf(stored, &|value| {
         let bits = value
             .as_str()
             .and_then(|text| u64::from_str_radix(text.strip_prefix(BITS)?, 16).ok());
@@ -277,16 +290,22 @@ fn from_bits(step: Value) -> Result<StepRecord, JsonError> {
             Some(bits) => Value::from(f64::from_bits(bits)),
             None => value,
         }
-    };
-    let step = match step {
+    }))?)
+}
+
+fn each_leaf(value: Value, change: &impl Fn(Value) -> Value) -> Value {
+    match value {
         Value::Object(fields) => fields
             .into_iter()
-            .map(|(name, value)| (name, restored(value)))
+            .map(|(name, value)| (name, each_leaf(value, change)))
             .collect::<Map<_, _>>()
             .into(),
-        other => other,
-    };
-    Ok(serde_json::from_value(step)?)
+        Value::Array(values) => values
+            .into_iter()
+            .map(|value| each_leaf(value, change))
+            .collect(),
+        leaf => change(leaf),
+    }
 }
 
 /// The version that is written, and the only one that is read.

@@ -448,6 +448,13 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "N")]
     pub(crate) repair_steps: Option<usize>,
 
+    /// Try many settings, and take what leaves the least harm within the budgets [adaptive; without a number 16 trials].
+    ///
+    /// The first trial has the default settings. Settings that are given, such as `--alpha` or `--targets`, are not varied. Trials are
+    /// judged on a part of the rows that none of them learns from.
+    #[arg(long, value_name = "TRIALS", num_args = 0..=1, default_missing_value = "16", value_parser = at_least_one)]
+    pub(crate) search: Option<usize>,
+
     /// Seed of every random choice [default: 0].
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,

@@ -460,6 +460,8 @@ impl From<OptimizeError> for Failure {
             OptimizeError::Weights(error) => error.into(),
             OptimizeError::Budget { .. } => Self::doing(Exit::SaidNo, what, &error)
                 .hint("raise --kl-budget or --task-budget, or set --rho to a number"),
+            OptimizeError::NoTrial { .. } => Self::doing(Exit::SaidNo, what, &error)
+                .hint("raise --kl-budget or --task-budget, or try more settings with --search"),
             OptimizeError::NoRows { set, .. } => {
                 let flag = match set {
                     Set::Harmful => "--harmful",

@@ -15,7 +15,8 @@ use panacea_patch::model::{
     Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix, place_of_module,
 };
 use panacea_patch::optimize::{
-    self, RadiusPoint, Random, Rows, Set, Settings, State, StepRecord, gaussian,
+    self, RadiusPoint, Random, Rows, SearchOutcome, SearchSettings, Set, Settings, State, StepRecord,
+    Trial, gaussian,
 };
 use panacea_patch::resume::Identity;
 use serde_json::{Value, json};
@@ -61,6 +62,17 @@ pub(super) struct Found {
     pub(super) radii: Vec<RadiusPoint>,
     pub(super) results: Vec<(&'static str, f64)>,
     pub(super) inputs: Vec<Dependency>,
+    /// What was tried for it, without the perturbation.
+    pub(super) search: Option<SearchOutcome>,
+}
+
+/// What an interrupted run left.
+#[derive(Debug)]
+pub(super) enum Resumed {
+    /// A state between two steps.
+    Steps(State<'static>),
+    /// The first trials of a search.
+    Trials(Vec<Trial>),
 }
 
 /// Reads and checks everything that `search` needs.
@@ -73,6 +85,11 @@ pub(super) fn prepare<'c>(
     work: &WorkArgs,
     reporter: &Reporter,
 ) -> Result<Prepared<'c>, Failure> {
+    if search.trials.is_some() && work.state_every.is_some_and(|every| every > 0) {
+        return Err(Failure::usage("`--state-every` has no effect with `--search`")
+            .because("a search is kept after every trial")
+            .hint("leave out `--state-every`, or pass 0 to keep nothing"));
+    }
     if !search.computes() {
         return Ok(Prepared {
             targets: targets_of(model, search.selection().as_ref())?,
@@ -216,6 +233,12 @@ impl Prepared<'_> {
         &self.data
     }
 
+    /// How to search, where that was asked for.
+    pub(super) fn trial_settings(&self) -> Option<SearchSettings> {
+        let computing = self.computing.as_ref()?;
+        self.search.trial_settings(computing.decoder.targets())
+    }
+
     /// Everything that changes the numbers, for a state that is to be taken up again.
     pub(super) fn identity(&self) -> Identity {
         let mut identity = Identity::default();
@@ -224,6 +247,9 @@ impl Prepared<'_> {
         identity.insert("seed", self.search.seed);
         for (name, value) in self.search.parameters() {
             identity.insert(name, value);
+        }
+        if let Some(settings) = self.trial_settings() {
+            identity.insert("space", settings.space);
         }
         for source in &self.data {
             identity.insert(format!("{} rows", source.role), source.sha256);
@@ -244,12 +270,14 @@ impl Prepared<'_> {
     /// # Errors
     /// When no perturbation is found, or the work is interrupted.
     pub(super) fn run(
-        self,
+        mut self,
         saver: Option<Saver>,
-        resumed: Option<State<'_>>,
+        resumed: Option<Resumed>,
         reporter: &Reporter,
     ) -> Result<Found, Failure> {
-        let outcome = match self.computing {
+        let trial_settings = self.trial_settings();
+        let mut parameters = self.search.parameters();
+        let outcome = match self.computing.take() {
             None => {
                 let Settings::Random(Random { rho, seed }) = &self.search.settings else {
                     return Err(Failure::usage("the method needs a model"));
@@ -273,6 +301,7 @@ impl Prepared<'_> {
                     steps: Vec::new(),
                     seconds: Vec::new(),
                     radii: Vec::new(),
+                    search: None,
                 }
             }
             Some(mut computing) => {
@@ -289,21 +318,44 @@ impl Prepared<'_> {
                     computing.template,
                 ));
                 let mut watch = StepWatch::new(reporter, saver);
-                let outcome = optimize::optimize(
-                    &mut computing.decoder,
-                    &computing.rows,
-                    &self.search.settings,
-                    resumed,
-                    &mut watch,
-                );
-                watch.finish();
-                let outcome = outcome?;
-                Outcome {
-                    delta: outcome.delta,
-                    steps: outcome.steps,
-                    seconds: watch.seconds().to_vec(),
-                    radii: outcome.radii,
-                    results: outcome.results,
+                let Computing { decoder, rows, .. } = &mut computing;
+                match trial_settings {
+                    Some(settings) => {
+                        let trials = match resumed {
+                            Some(Resumed::Trials(trials)) => trials,
+                            _ => Vec::new(),
+                        };
+                        reporter.stage(format!(
+                            "trying {} settings: {}",
+                            settings.trials, settings.space
+                        ));
+                        watch.go_on_after(&trials, settings.budget);
+                        let found = optimize::search(decoder, rows, &settings, trials, &mut watch);
+                        watch.finish();
+                        let found = found?;
+                        tell_of_judged(&found, reporter);
+                        parameters = self.search.chosen_parameters(&found);
+                        self.keep_touched(decoder, found)
+                    }
+                    None => {
+                        let state = match resumed {
+                            Some(Resumed::Steps(state)) => Some(state),
+                            _ => None,
+                        };
+                        let settings = &self.search.settings;
+                        let outcome =
+                            optimize::optimize(decoder, rows, settings, state, &mut watch);
+                        watch.finish();
+                        let outcome = outcome?;
+                        Outcome {
+                            delta: outcome.delta,
+                            steps: outcome.steps,
+                            seconds: watch.seconds().to_vec(),
+                            radii: outcome.radii,
+                            results: outcome.results,
+                            search: None,
+                        }
+                    }
                 }
             }
         };
@@ -314,7 +366,7 @@ impl Prepared<'_> {
         Ok(Found {
             record: PerturbationRecord {
                 method: self.search.method().to_owned(),
-                parameters: self.search.parameters(),
+                parameters,
                 seed: self.search.seed,
                 space: self.model.space(),
                 base,
@@ -328,7 +380,42 @@ impl Prepared<'_> {
             radii: outcome.radii,
             results: outcome.results,
             inputs: self.inputs,
+            search: outcome.search,
         })
+    }
+
+    /// What a search found, without the targets that it left as they are.
+    fn keep_touched(&mut self, decoder: &Decoder<'_>, mut found: SearchOutcome) -> Outcome {
+        let touches = &found.settings.touches;
+        let touched: Vec<bool> = decoder
+            .targets()
+            .iter()
+            .map(|target| touches.holds(target))
+            .collect();
+        let mut places = touched.iter();
+        self.targets.retain(|_| places.next() == Some(&true));
+        let mut delta = std::mem::take(&mut found.outcome.delta);
+        delta.retain(|place| touched[place]);
+        Outcome {
+            delta,
+            steps: std::mem::take(&mut found.outcome.steps),
+            seconds: Vec::new(),
+            radii: std::mem::take(&mut found.outcome.radii),
+            results: std::mem::take(&mut found.outcome.results),
+            search: Some(found),
+        }
+    }
+}
+
+/// Says where trials were judged on rows that they learned from.
+fn tell_of_judged(found: &SearchOutcome, reporter: &Reporter) {
+    for judged in &found.judged {
+        if !judged.apart && judged.rows > 0 {
+            reporter.note(format!(
+                "{} {} rows are too few to set some apart: trials were judged on rows that they learned from",
+                judged.rows, judged.set
+            ));
+        }
     }
 }
 
@@ -338,6 +425,7 @@ struct Outcome {
     seconds: Vec<f64>,
     radii: Vec<RadiusPoint>,
     results: Vec<(&'static str, f64)>,
+    search: Option<SearchOutcome>,
 }
 
 impl Found {
@@ -360,6 +448,22 @@ impl Found {
             "elements": self.delta.elements(),
             "norm": self.delta.norm(),
         })
+    }
+
+    /// The search in a report: every trial with its points, the front, what was chosen, and the rows that decided.
+    pub(super) fn search_json(&self) -> Option<Value> {
+        let found = self.search.as_ref()?;
+        let judged: Vec<Value> = found
+            .judged
+            .iter()
+            .map(|it| json!({"set": it.set.to_string(), "rows": it.rows, "apart": it.apart}))
+            .collect();
+        Some(json!({
+            "trials": found.trials,
+            "front": found.front,
+            "chosen": found.chosen,
+            "judged": judged,
+        }))
     }
 
     /// The steps in a report, those of this process with their seconds.

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use panacea_formats::{Committed, OutputFile, Overwrite, Space, write_perturbation};
-use panacea_patch::optimize;
+use panacea_patch::optimize::SearchOutcome;
 use panacea_patch::resume::{self, Identity};
 use serde_json::{Map, Value, json};
 
 use super::adapter::AdapterOutput;
 use super::args::{OptimizeArgs, WorkArgs};
 use super::error::{Exit, Failure};
-use super::find::{self, Found};
+use super::find::{self, Found, Resumed};
 use super::form::FormChoice;
 use super::interrupt;
 use super::model::{Model, Use};
@@ -72,7 +72,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         return plan.print("optimize", reporter);
     }
 
-    let state = State::beside(&target, &args.work);
+    let state = State::beside(&target, &args.work, &search);
     let resumed = state.resumed(&prepared.identity(), reporter)?;
     let saver = state.saver(prepared.identity());
     let mut found = prepared
@@ -122,6 +122,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         steps: Some(found.steps_json()),
         radii: Some(json!(found.radii)),
         results: Some(results_json(&found)),
+        search: found.search_json(),
         files: Some(files_json(&files)),
         ..Report::of("optimize")
     };
@@ -134,19 +135,32 @@ fn tell_of_leavings(committed: Committed, reporter: &Reporter) {
     }
 }
 
-/// The state file of a run: `.<output>.panacea-state` beside the output.
+/// The state file of a run: `.<output>.panacea-state` beside the output, of a search `.<output>.panacea-trials`.
 #[derive(Clone, Debug)]
 pub(super) struct State {
     path: PathBuf,
+    kind: Kind,
     every: usize,
     resume: bool,
 }
 
+/// What a state file holds.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Steps,
+    Trials,
+}
+
 impl State {
-    pub(super) fn beside(target: &Path, work: &WorkArgs) -> Self {
+    pub(super) fn beside(target: &Path, work: &WorkArgs, search: &Search) -> Self {
         let name = target.file_name().unwrap_or_default().to_string_lossy();
+        let (kind, suffix) = match search.trials {
+            None => (Kind::Steps, "state"),
+            Some(_) => (Kind::Trials, "trials"),
+        };
         Self {
-            path: target.with_file_name(format!(".{name}.panacea-state")),
+            path: target.with_file_name(format!(".{name}.panacea-{suffix}")),
+            kind,
             every: work.state_every.unwrap_or(5),
             resume: work.resume,
         }
@@ -160,13 +174,20 @@ impl State {
         &self,
         identity: &Identity,
         reporter: &Reporter,
-    ) -> Result<Option<optimize::State<'static>>, Failure> {
+    ) -> Result<Option<Resumed>, Failure> {
         match (self.resume, self.path.exists()) {
-            (true, true) => {
-                let state = resume::load(&self.path, identity)?;
-                reporter.stage(format!("going on after step {}", state.steps.len()));
-                Ok(Some(state))
-            }
+            (true, true) => Ok(Some(match self.kind {
+                Kind::Steps => {
+                    let state = resume::load(&self.path, identity)?;
+                    reporter.stage(format!("going on after step {}", state.steps.len()));
+                    Resumed::Steps(state)
+                }
+                Kind::Trials => {
+                    let trials = resume::load_trials(&self.path, identity)?;
+                    reporter.stage(format!("going on after trial {}", trials.len()));
+                    Resumed::Trials(trials)
+                }
+            })),
             (true, false) => Err(
                 Failure::new(Exit::Refused, "there is no state to go on from").because(format!(
                     "it was looked for at `{}`",
@@ -203,7 +224,10 @@ impl State {
                     true => "repeat the command to go on",
                     false => "repeat the command with --resume to go on",
                 }),
-            Exit::Interrupted => failure.because("no step was saved"),
+            Exit::Interrupted => failure.because(match self.kind {
+                Kind::Steps => "no step was saved",
+                Kind::Trials => "no trial was saved",
+            }),
             _ => failure,
         }
     }
@@ -247,7 +271,9 @@ pub(super) fn describe(found: &Found, table: &mut Table) {
             ),
         );
     }
-    if !found.radii.is_empty() {
+    if let Some(search) = &found.search {
+        describe_search(search, table);
+    } else if !found.radii.is_empty() {
         table.row("radii tried", found.radii.len().to_string());
     }
     for (name, value) in &found.results {
@@ -258,6 +284,46 @@ pub(super) fn describe(found: &Found, table: &mut Table) {
         };
         table.row(name.replace('_', " "), value);
     }
+}
+
+/// The front, and the settings that were chosen from it.
+fn describe_search(search: &SearchOutcome, table: &mut Table) {
+    let points: usize = search.trials.iter().map(|trial| trial.points.len()).sum();
+    table.row(
+        "search",
+        format!("{} trials, {points} points", search.trials.len()),
+    );
+    let choice = &search.trials[search.chosen.trial].choice.0;
+    let choice: Vec<String> = choice
+        .iter()
+        .map(|(name, value)| format!("{} {value}", name.replace('_', " ")))
+        .collect();
+    table.row(
+        "chosen",
+        format!("trial {}: {}", search.chosen.trial + 1, choice.join(", ")),
+    );
+    let has_task = search.trials.iter().flat_map(|trial| &trial.points);
+    let has_task = has_task.clone().any(|point| point.task.is_some());
+    let mut lines = vec![
+        ["front", "trial", "rho", "refusing", "doubt", "kl"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    lines[0].extend(has_task.then(|| "task rise".to_owned()));
+    for &place in &search.front {
+        let point = search.point(place);
+        let mut line = vec![
+            if place == search.chosen { "chosen" } else { "" }.to_owned(),
+            (place.trial + 1).to_string(),
+            number(point.rho),
+            percent(1.0 - point.complying),
+            number(point.doubt),
+            number(point.kl),
+        ];
+        line.extend(point.task.map(number));
+        lines.push(line);
+    }
+    table.list(lines);
 }
 
 /// Results by name.

@@ -54,7 +54,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     if args.writing.dry_run {
         return Plan::of_job(&model, &search, &prepared, &output)?.print(COMMAND, reporter);
     }
-    let state = State::beside(output.target(), &args.work);
+    let state = State::beside(output.target(), &args.work, &search);
     let resumed = state.resumed(&prepared.identity(), reporter)?;
     let saver = state.saver(prepared.identity());
     let found = prepared
@@ -65,17 +65,21 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     parameters.insert("method".to_owned(), json!(found.record.method));
     parameters.insert("seed".to_owned(), json!(found.record.seed));
     parameters.extend(found.record.parameters.clone());
+    let tried = found.search_json().map(|it| byproduct("search", it));
     let origin = || Origin {
         parameters,
         dependencies: dependencies(&found),
-        byproducts: vec![byproduct(
+        byproducts: [byproduct(
             "optimization",
             json!({
                 "steps": found.steps,
                 "radii": found.radii,
                 "results": results_json(&found),
             }),
-        )],
+        )]
+        .into_iter()
+        .chain(tried)
+        .collect(),
     };
     let wanted = Wanted::in_memory(found.deltas())?;
     let written = output
@@ -93,6 +97,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         steps: Some(found.steps_json()),
         radii: Some(json!(found.radii)),
         results: Some(results_json(&found)),
+        search: found.search_json(),
         realized: Some(json!(written.realized)),
         files: Some(written.files_json()),
         ..Report::of(COMMAND)

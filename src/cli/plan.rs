@@ -10,7 +10,7 @@ use panacea_formats::{ADAPTER_CONFIG_FILE, Checkpoint, Layout, Perturbation, cop
 use panacea_patch::convert::CONVERSION_BYTES;
 use panacea_patch::manifest::{manifest_path, signature_path};
 use panacea_patch::model::{Decoder, EncodedRow};
-use panacea_patch::optimize::{Radius, Rows, Settings};
+use panacea_patch::optimize::{MOST_RADII, Radius, Rows, Settings};
 use serde_json::{Value, json};
 
 use super::error::Failure;
@@ -37,6 +37,8 @@ pub(super) struct Plan {
     /// Floating-point operations, at most.
     operations: f64,
     targets: Option<(usize, usize)>,
+    /// Settings that are tried.
+    trials: Option<usize>,
 }
 
 impl Plan {
@@ -76,6 +78,7 @@ impl Plan {
             memory: Vec::new(),
             operations: 0.0,
             targets: None,
+            trials: None,
         };
         plan.reads
             .extend(model.base().into_iter().flat_map(weights));
@@ -93,6 +96,7 @@ impl Plan {
     fn add_search(&mut self, model: &Model, search: &Search, prepared: &Prepared<'_>) {
         let plan = self;
         let elements = prepared.target_elements();
+        plan.trials = search.trials.as_ref().map(|trials| trials.count);
         plan.targets = Some((prepared.target_count(), elements));
         for path in prepared.side_files() {
             plan.add_read(path);
@@ -164,6 +168,7 @@ impl Plan {
             memory: vec![("rows on their way", CONVERSION_BYTES)],
             operations: 0.0,
             targets: None,
+            trials: None,
         }
     }
 
@@ -213,6 +218,7 @@ impl Plan {
             )],
             operations: 0.0,
             targets: None,
+            trials: None,
         };
         plan.add_adapter_config(model);
         Ok(plan)
@@ -240,6 +246,12 @@ impl Plan {
         table.row("memory", format!("about {}", bytes(memory)));
         for (name, length) in &self.memory {
             table.row("", sized(name, *length));
+        }
+        if let Some(trials) = self.trials {
+            table.row(
+                "search",
+                format!("{trials} trials, each measured at up to {MOST_RADII} radii"),
+            );
         }
         if self.operations > 0.0 {
             table.row(
@@ -276,6 +288,7 @@ impl Plan {
             "memory_bytes": memory,
             "memory": named(&parts),
             "operations": self.operations,
+            "trials": self.trials,
             "targets": self.targets.map(|(count, _)| count),
             "target_elements": self.targets.map(|(_, elements)| elements),
         })
@@ -358,6 +371,9 @@ fn operations(
     };
     match &search.settings {
         Settings::Adaptive(adaptive) => {
+            let trials = search.trial_settings(decoder.targets());
+            let longest = trials.as_ref().map(|it| it.space.longest(&it.base));
+            let adaptive = longest.as_ref().unwrap_or(adaptive);
             let batch = |rows: &[EncodedRow]| gradient(Tokens::of(rows, adaptive.batch));
             let guards = batch(&rows.benign) + batch(&rows.task);
             let held = (rows.harmful.len() / 4).clamp(1, 24);
@@ -366,9 +382,15 @@ fn operations(
             let contrast = batch(&rows.harmful) + batch(&rows.refusals) + guards + look;
             // Each run of contrast steps, of which there may be as many as steps, is followed by repair.
             let repair = adaptive.repair_steps as f64 * guards + look;
-            adaptive.steps as f64 * (contrast + repair)
-                + 2.0 * (look + trial)
-                + radius_search(adaptive.rho)
+            let steps = adaptive.steps as f64 * (contrast + repair);
+            match trials {
+                None => steps + 2.0 * (look + trial) + radius_search(adaptive.rho),
+                // The chosen one is found again.
+                Some(trials) => {
+                    let radii = MOST_RADII as f64 * (look + trial);
+                    (trials.trials as f64 + 1.0) * (steps + radii)
+                }
+            }
         }
         Settings::Panacea(panacea) => {
             let batch = |rows: &[EncodedRow]| gradient(Tokens::of(rows, panacea.batch));

@@ -46,6 +46,9 @@ pub(super) struct Report {
     pub(super) radii: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) results: Option<Map<String, Value>>,
+    /// What `--search` tried.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) search: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) realized: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]

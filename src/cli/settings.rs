@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use panacea_formats::{DataSource, Space};
 use panacea_patch::apply::{ApplySettings, LEAST_REALIZED, Rounding};
 use panacea_patch::data::{SetPaths, Sets, Source, TemplateChoice};
-use panacea_patch::model::TargetSelection;
+use panacea_patch::model::{Target, TargetSelection};
 use panacea_patch::optimize::{
-    Adaptive, Budget, FinalEps, Panacea, Part, Radius, Random, Set, Settings,
+    Adaptive, Budget, FinalEps, Panacea, Part, Radius, Random, SearchOutcome, SearchSettings, Set,
+    Settings, Space as SettingsSpace,
 };
 use serde_json::{Map, Value, json};
 
@@ -34,6 +35,19 @@ pub(super) struct Search {
     pub(super) template: TemplateChoice,
     pub(super) max_length: usize,
     pub(super) seed: u64,
+    /// Of `--search`.
+    pub(super) trials: Option<Trials>,
+}
+
+/// `--search`: settings are tried.
+#[derive(Clone, Debug)]
+pub(super) struct Trials {
+    /// How many.
+    pub(super) count: usize,
+    /// What may be spent.
+    budget: Budget,
+    /// What was given, and so is not varied.
+    fixed: Vec<&'static str>,
 }
 
 impl Search {
@@ -67,6 +81,11 @@ impl Search {
             template: data.template.unwrap_or_default(),
             max_length: data.max_length.map_or(256, |length| length as usize),
             seed,
+            trials: method.search.map(|count| Trials {
+                count,
+                budget: budget(method),
+                fixed: fixed(method),
+            }),
         };
         search.refuse_missing_task()?;
         search.refuse_unused_budgets(method)?;
@@ -89,10 +108,60 @@ impl Search {
 
     /// Which modules are targets; nothing is every module of an adapter.
     pub(super) fn selection(&self) -> Option<TargetSelection> {
-        match self.space {
-            Space::Adapter => self.targets.clone(),
-            _ => Some(self.targets.clone().unwrap_or_default()),
+        match (self.space, &self.targets, &self.trials) {
+            (Space::Adapter, targets, _) => targets.clone(),
+            (_, None, Some(_)) => SEARCHED.parse().ok(),
+            (_, targets, _) => Some(targets.clone().unwrap_or_default()),
         }
+    }
+
+    /// How to search a model with `targets`, where that was asked for.
+    pub(super) fn trial_settings(&self, targets: &[Target]) -> Option<SearchSettings> {
+        let (Some(trials), Settings::Adaptive(base)) = (&self.trials, &self.settings) else {
+            return None;
+        };
+        let mut base = base.clone();
+        if self.space != Space::Adapter && self.targets.is_none() {
+            // What is perturbed without a search.
+            let names = TargetSelection::default().to_string();
+            base.touches.modules = Some(names.split(',').map(str::to_owned).collect());
+        }
+        Some(SearchSettings {
+            space: SettingsSpace::of(&base, targets).without(&trials.fixed),
+            base,
+            budget: trials.budget,
+            trials: trials.count,
+        })
+    }
+
+    /// As [`Self::parameters`], with the settings that a search chose.
+    pub(super) fn chosen_parameters(&self, found: &SearchOutcome) -> Map<String, Value> {
+        let chosen = Self {
+            settings: Settings::Adaptive(found.settings.clone()),
+            ..self.clone()
+        };
+        let mut parameters = chosen.parameters();
+        let Adaptive {
+            gain,
+            learning_share,
+            touches,
+            ..
+        } = &found.settings;
+        for (name, value) in [
+            ("gain", json!(gain)),
+            ("learning_share", json!(learning_share)),
+            ("rho", json!(found.point(found.chosen).rho)),
+            ("search", json!(found.trials.len())),
+        ] {
+            parameters.insert(name.to_owned(), value);
+        }
+        if let Some((first, last)) = touches.blocks {
+            parameters.insert("blocks".to_owned(), json!([first, last]));
+        }
+        if let Some(modules) = &touches.modules {
+            parameters.insert("targets".to_owned(), json!(modules.join(",")));
+        }
+        parameters
     }
 
     /// The method's name, as records have it.
@@ -180,11 +249,15 @@ impl Search {
         };
         match self.radius() {
             Radius::Fixed(rho) => parameters["rho"] = json!(rho),
-            Radius::Auto(budget) => {
-                parameters["rho"] = json!("auto");
-                parameters["kl_budget"] = json!(budget.kl);
-                parameters["task_budget"] = json!(budget.task);
-            }
+            Radius::Auto(_) => parameters["rho"] = json!("auto"),
+        }
+        let budget = match (self.radius(), &self.trials) {
+            (Radius::Auto(budget), _) => Some(budget),
+            (Radius::Fixed(_), trials) => trials.as_ref().map(|trials| trials.budget),
+        };
+        if let Some(budget) = budget {
+            parameters["kl_budget"] = json!(budget.kl);
+            parameters["task_budget"] = json!(budget.task);
         }
         let selection = self.selection();
         parameters["targets"] =
@@ -211,7 +284,7 @@ impl Search {
     }
 
     fn refuse_unused_budgets(&self, method: &MethodArgs) -> Result<(), Failure> {
-        let Radius::Fixed(rho) = self.radius() else {
+        let (Radius::Fixed(rho), None) = (self.radius(), &self.trials) else {
             return Ok(());
         };
         for (flag, given) in [
@@ -364,7 +437,7 @@ pub(super) fn addition_parameters(settings: ApplySettings, model: &Model) -> Map
 }
 
 /// Each flag that not every method uses, whether it was given, and the methods that use it.
-fn method_flags(args: &MethodArgs) -> [(&'static str, bool, &'static [MethodName]); 11] {
+fn method_flags(args: &MethodArgs) -> [(&'static str, bool, &'static [MethodName]); 12] {
     const ADAPTIVE: &[MethodName] = &[MethodName::Adaptive];
     const PANACEA: &[MethodName] = &[MethodName::Panacea];
     const BOTH: &[MethodName] = &[MethodName::Adaptive, MethodName::Panacea];
@@ -380,6 +453,7 @@ fn method_flags(args: &MethodArgs) -> [(&'static str, bool, &'static [MethodName
         ("--cap", args.cap.is_some(), ADAPTIVE),
         ("--step-length", args.step_length.is_some(), ADAPTIVE),
         ("--repair-steps", args.repair_steps.is_some(), ADAPTIVE),
+        ("--search", args.search.is_some(), ADAPTIVE),
     ]
 }
 
@@ -410,14 +484,30 @@ fn refuse_flags_of_other_methods(method: MethodName, args: &MethodArgs) -> Resul
 fn radius(args: &MethodArgs, default: RhoArg) -> Radius {
     match args.rho.unwrap_or(default) {
         RhoArg::Fixed(rho) => Radius::Fixed(rho),
-        RhoArg::Auto => {
-            let budget = Budget::default();
-            Radius::Auto(Budget {
-                kl: args.kl_budget.unwrap_or(budget.kl),
-                task: args.task_budget.unwrap_or(budget.task),
-            })
-        }
+        RhoArg::Auto => Radius::Auto(budget(args)),
     }
+}
+
+fn budget(args: &MethodArgs) -> Budget {
+    let default = Budget::default();
+    Budget {
+        kl: args.kl_budget.unwrap_or(default.kl),
+        task: args.task_budget.unwrap_or(default.task),
+    }
+}
+
+/// What flags take out of a search, by its name in the space.
+fn fixed(args: &MethodArgs) -> Vec<&'static str> {
+    let flags = [
+        ("alpha", args.alpha.is_some()),
+        ("cap", args.cap.is_some()),
+        ("gain", args.step_length.is_some()),
+        ("steps", args.steps.is_some()),
+        ("repair_steps", args.repair_steps.is_some()),
+        ("modules", args.targets.is_some()),
+    ];
+    let given = flags.into_iter().filter(|(_, given)| *given);
+    given.map(|(name, _)| name).collect()
 }
 
 fn adaptive(args: &MethodArgs, seed: u64) -> Result<Adaptive, Failure> {
@@ -508,6 +598,9 @@ pub(super) fn name_without_folders(source: &Source) -> String {
     }
 }
 
+/// The targets that a search chooses among.
+const SEARCHED: &str = "q_proj,k_proj,v_proj,qkv_proj,o_proj";
+
 /// Outer steps of the paper's method where there is a task set to take them on.
 const STEPS_WITH_TASK: usize = 20;
 
@@ -575,6 +668,8 @@ mod tests {
             ("--weight-decay 1", "--weight-decay", "--method panacea"),
             ("--method panacea --cap 1", "--cap", "--method adaptive"),
             ("--method random --steps 1", "--steps", "--method adaptive"),
+            ("--method panacea --search", "--search", "--method adaptive"),
+            ("--method random --search 3", "--search", "--method adaptive"),
             ("--rho 1 --kl-budget 1", "--kl-budget", "--rho auto"),
             (
                 "--method panacea --task-budget 1",
@@ -601,6 +696,35 @@ mod tests {
         }
         assert!(resolve("--method random --benign b --template raw").is_ok());
         assert!(resolve("--method panacea --rho auto --benign b --task t --steps 0").is_ok());
+    }
+
+    #[test]
+    fn flags_fix_what_a_search_would_vary() {
+        let space = |flags: &str| {
+            let search = resolve(flags).unwrap();
+            let folder =
+                std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/oracle/llama-tied");
+            let checkpoint = panacea_formats::Checkpoint::open(&folder).unwrap();
+            let config = super::super::find::read_config(&folder.join("config.json")).unwrap();
+            let decoder = panacea_patch::model::Decoder::new(
+                config,
+                checkpoint.tensors(),
+                &search.selection().unwrap(),
+            )
+            .unwrap();
+            let settings = search.trial_settings(decoder.targets()).unwrap();
+            (settings.space.to_string(), settings.trials)
+        };
+        let (all, trials) = space("--search");
+        assert_eq!(trials, 16);
+        assert!(all.contains("alpha") && all.contains("or o_proj or"), "{all}");
+        let (less, trials) = space(
+            "--search 3 --alpha 2 --cap 2 --step-length 0.1 --steps 3 --repair-steps 0 --targets v_proj",
+        );
+        assert_eq!(trials, 3);
+        assert_eq!(less, "guard_share 0..1, learning_share 0.25..1, blocks 0..1");
+        // With a search, a fixed radius is held against the budgets, too.
+        assert!(resolve("--search --rho 1 --kl-budget 1").is_ok());
     }
 
     #[test]

@@ -39,6 +39,12 @@ impl TargetTensors {
         &mut self.0[index]
     }
 
+    /// Drops the targets whose numbers `keeps` does not keep.
+    pub fn retain(&mut self, keeps: impl Fn(usize) -> bool) {
+        let mut number = 0..;
+        self.0.retain(|_| number.next().is_some_and(&keeps));
+    }
+
     /// Elements in all targets together.
     pub fn elements(&self) -> usize {
         self.0.iter().map(Vec::len).sum()
@@ -137,6 +143,8 @@ mod tests {
         assert_eq!(x, pair());
         x.clear();
         assert_eq!(x, pair().zeros_like());
+        x.retain(|number| number == 1);
+        assert_eq!(x, TargetTensors::new(vec![vec![0.0; 2]]));
     }
 
     #[test]

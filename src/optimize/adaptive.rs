@@ -13,22 +13,18 @@
 //! without what opposes the contrast; if they undo the aim, the contrast goes on.
 
 mod guard;
-mod held_back;
+pub(super) mod held_back;
 
 use std::borrow::Cow;
 
 use self::guard::Guard;
-use self::held_back::{HeldBack, beginnings};
+use self::held_back::{HeldBack, Measured, beginnings, deciding};
 use super::engine::{Batch, Engine, Gradient, OptimizeError, Set, factor, wrapping};
 use super::radius::{Budget, Radius, RadiusPoint, Search};
+use super::region::Region;
 use super::step::{Phase, StepRecord};
 use super::{Outcome, Rows, State};
 use crate::model::{EncodedRow, Point, TargetTensors};
-
-/// What the first contrast step is to change h - r by, to first order, in nats per token, where no length is given.
-///
-/// Scale-free: it asks the same of weights of any size. On the models it was tried on it gives steps of 0.1 to 0.2.
-const GAIN: f64 = 1.0;
 
 /// Settings of the method.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,9 +35,12 @@ pub struct Adaptive {
     pub alpha: f64,
     /// Loss above which a token of an opening is unlikely enough to be left alone, in nats.
     pub cap: f64,
-    /// Length of a contrast step in the weights' unit; `None` takes the one whose first step changes h - r by one nat per token,
-    /// to first order.
+    /// Length of a contrast step in the weights' unit; `None` takes the one whose first step changes h - r by `gain`.
     pub step_length: Option<f64>,
+    /// What the first contrast step is to change h - r by, to first order, in nats per token, where no length is given.
+    ///
+    /// Scale-free: it asks the same of weights of any size. On the models it was tried on, 1 gives steps of 0.1 to 0.2.
+    pub gain: f64,
     /// Tokens of each opening and refusal that the loss is taken on: what an answer begins with decides what it is.
     pub first_tokens: usize,
     /// Most contrast steps.
@@ -56,6 +55,10 @@ pub struct Adaptive {
     pub repair_steps: usize,
     /// Length of the first repair step, as a share of a contrast step's; the last one's is a quarter of it.
     pub repair_length: f64,
+    /// Share of the harmful rows, other than those held back, that steps learn from: above 0, at most 1.
+    pub learning_share: f64,
+    /// The targets that steps move; the others stay as they are, though their gradients are computed.
+    pub touches: Region,
     /// Of the order of rows.
     pub seed: u64,
 }
@@ -67,6 +70,7 @@ impl Default for Adaptive {
             alpha: 1.0,
             cap: 2.5,
             step_length: None,
+            gain: 1.0,
             first_tokens: 8,
             steps: 12,
             batch: 24,
@@ -74,6 +78,8 @@ impl Default for Adaptive {
             guard_share: 0.5,
             repair_steps: 4,
             repair_length: 0.5,
+            learning_share: 1.0,
+            touches: Region::default(),
             seed: 0,
         }
     }
@@ -85,28 +91,83 @@ pub(super) fn run(
     settings: &Adaptive,
     resumed: Option<State<'_>>,
 ) -> Result<Outcome, OptimizeError> {
-    for (set, of_set) in [
-        (Set::Harmful, &rows.harmful),
-        (Set::Refusals, &rows.refusals),
-        (Set::Benign, &rows.benign),
-    ] {
-        if of_set.is_empty() {
-            return Err(OptimizeError::NoRows {
-                method: "adaptive",
-                set,
-            });
+    let harmful = Harmful::of(rows, settings)?;
+    let (learn, held_back) = harmful.split(settings);
+    let sets = (rows, &harmful, learn, &held_back);
+    let (delta, steps) = walk(engine, sets, settings, resumed)?;
+    finish(engine, rows, settings, delta, steps, &held_back)
+}
+
+/// Delta before it is shrunk to any budget, and the steps to it.
+pub(super) fn direction(
+    engine: &mut Engine<'_, '_>,
+    rows: &Rows,
+    settings: &Adaptive,
+) -> Result<(TargetTensors, Vec<StepRecord>), OptimizeError> {
+    let harmful = Harmful::of(rows, settings)?;
+    let (learn, held_back) = harmful.split(settings);
+    walk(engine, (rows, &harmful, learn, &held_back), settings, None)
+}
+
+/// Harmful rows as the steps see them.
+struct Harmful {
+    openings: Vec<EncodedRow>,
+    refusals: Vec<EncodedRow>,
+    /// Both, up to where it is decided which of the two an answer is.
+    deciding: [Vec<EncodedRow>; 2],
+}
+
+impl Harmful {
+    fn of(rows: &Rows, settings: &Adaptive) -> Result<Self, OptimizeError> {
+        for (set, of_set) in [
+            (Set::Harmful, &rows.harmful),
+            (Set::Refusals, &rows.refusals),
+            (Set::Benign, &rows.benign),
+        ] {
+            if of_set.is_empty() {
+                return Err(OptimizeError::NoRows {
+                    method: "adaptive",
+                    set,
+                });
+            }
         }
+        Ok(Self {
+            openings: beginnings(&rows.harmful, settings.first_tokens),
+            refusals: beginnings(&rows.refusals, settings.first_tokens),
+            deciding: deciding(rows, settings.first_tokens),
+        })
     }
-    let openings = beginnings(&rows.harmful, settings.first_tokens);
-    let refusals = beginnings(&rows.refusals, settings.first_tokens);
-    let deciding = [&openings, &refusals].map(|rows| beginnings(rows, held_back::DECIDING));
-    let (learn, held_back) = HeldBack::split(&deciding[0], &deciding[1], settings.seed);
+
+    /// The places of the rows to learn from, in a seeded order, and the rows that are held back.
+    fn split(&self, settings: &Adaptive) -> (Vec<usize>, HeldBack<'_>) {
+        let [openings, refusals] = &self.deciding;
+        let (mut learn, held_back) = HeldBack::split(openings, refusals, settings.seed);
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a share of a number of rows"
+        )]
+        let share = (learn.len() as f64 * settings.learning_share).ceil() as usize;
+        learn.truncate(share.max(1));
+        (learn, held_back)
+    }
+}
+
+/// Takes all steps.
+fn walk<'r>(
+    engine: &mut Engine<'_, '_>,
+    (rows, harmful, learn, held_back): (&Rows, &'r Harmful, Vec<usize>, &'r HeldBack<'r>),
+    settings: &'r Adaptive,
+    resumed: Option<State<'_>>,
+) -> Result<(TargetTensors, Vec<StepRecord>), OptimizeError> {
+    engine.touch(&settings.touches);
     let mut run = Run {
         settings,
-        openings: &openings,
-        refusals: &refusals,
+        openings: &harmful.openings,
+        refusals: &harmful.refusals,
         learn,
-        held_back: &held_back,
+        held_back,
         guards: Guard::all(engine, rows, settings.batch)?,
         delta: engine.zeros(),
         along: engine.zeros(),
@@ -119,8 +180,7 @@ pub(super) fn run(
     while let Some(phase) = next_phase(settings, &run.steps) {
         run.step(engine, phase)?;
     }
-    let Run { delta, steps, .. } = run;
-    finish(engine, rows, settings, delta, steps, &held_back)
+    Ok((run.delta, run.steps))
 }
 
 /// Which kind of step follows `steps`, a function of what they measured alone; `None` at the end.
@@ -240,7 +300,7 @@ impl Run<'_> {
         let length = self.steps.first().and_then(|first| first.length);
         let length = length
             .or(settings.step_length)
-            .unwrap_or(GAIN / slope.abs());
+            .unwrap_or(settings.gain / slope.abs());
 
         let mut direction = self.along.clone();
         #[expect(clippy::cast_precision_loss, reason = "one or two guards")]
@@ -365,8 +425,24 @@ fn finish(
     delta.scale(factor(radius));
     let after = held_back.measure(engine, Point::stored().moved(1.0, &delta))?;
     let before = held_back.measure(engine, Point::stored())?;
+    let results = results(delta.norm(), &before, &after, at_end);
+    Ok(Outcome {
+        delta,
+        steps,
+        radii,
+        results,
+    })
+}
+
+/// What a run measured at its end, by name.
+pub(super) fn results(
+    norm: f64,
+    before: &Measured,
+    after: &Measured,
+    at_end: Option<RadiusPoint>,
+) -> Vec<(&'static str, f64)> {
     let mut results = vec![
-        ("delta_norm", delta.norm()),
+        ("delta_norm", norm),
         ("held_back", after.rows),
         ("refusing_before", before.refusing),
         ("refusing_after", after.refusing),
@@ -379,12 +455,7 @@ fn finish(
         results.push(("kl", kl));
         results.extend(task.map(|rise| ("task_rise", rise)));
     }
-    Ok(Outcome {
-        delta,
-        steps,
-        radii,
-        results,
-    })
+    results
 }
 
 #[cfg(test)]

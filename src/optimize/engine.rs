@@ -8,6 +8,8 @@ use std::fmt;
 use thiserror::Error;
 
 use super::Observer;
+use super::radius::RadiusPoint;
+use super::region::Region;
 use crate::model::{
     Decoder, EncodedRow, LossSum, Pack, PackError, Point, TargetTensors, WeightsError,
 };
@@ -91,6 +93,22 @@ pub enum OptimizeError {
         /// The budget.
         budget: f64,
     },
+    /// No trial of a search keeps to the budget.
+    #[error(
+        "none of {trials} trials keeps to the budget{}",
+        nearest.map_or_else(String::new, |it| format!(
+            ": at radius {} the nearest has a divergence of {} nats per token on benign text{}",
+            it.rho,
+            it.kl,
+            it.task.map_or_else(String::new, |rise| format!(", and raises the task loss by {rise}"))
+        ))
+    )]
+    NoTrial {
+        /// How many there were.
+        trials: usize,
+        /// What costs least of all that was measured.
+        nearest: Option<RadiusPoint>,
+    },
     /// A row does not fit the model.
     #[error(transparent)]
     Pack(#[from] PackError),
@@ -173,6 +191,8 @@ pub(crate) struct Engine<'e, 'c> {
     pub(super) observer: &'e mut dyn Observer,
     /// The step that errors speak of.
     pub(super) step: usize,
+    /// Numbers of the targets whose gradients are taken as zero.
+    untouched: Vec<usize>,
 }
 
 impl<'e, 'c> Engine<'e, 'c> {
@@ -181,7 +201,15 @@ impl<'e, 'c> Engine<'e, 'c> {
             decoder,
             observer,
             step: 0,
+            untouched: Vec::new(),
         }
+    }
+
+    /// From now on, gradients are zero outside of `region`.
+    pub(super) fn touch(&mut self, region: &Region) {
+        let targets = self.decoder.targets().iter().enumerate();
+        let outside = targets.filter(|(_, target)| !region.holds(target));
+        self.untouched = outside.map(|(index, _)| index).collect();
     }
 
     /// A buffer for a gradient: zeros.
@@ -308,6 +336,9 @@ impl<'e, 'c> Engine<'e, 'c> {
         count: usize,
         gradient: &mut TargetTensors,
     ) -> Result<Gradient, OptimizeError> {
+        for &index in &self.untouched {
+            gradient.tensor_mut(index).fill(0.0);
+        }
         gradient.scale(reciprocal(count));
         let norm = gradient.norm();
         if norm.is_finite() {

@@ -13,6 +13,8 @@
 //! | [`Adaptive`] | normalized steps inside the ball of radius rho: h up to a cap, r down, g held |
 //! | [`Random`] | Gaussian of norm rho: the control of every result |
 //!
+//! [`search`] tries many settings of [`Adaptive`] and takes the best.
+//!
 //! Source: Panacea, arXiv:2501.18100; the letters are its.
 
 mod adamw;
@@ -22,6 +24,8 @@ mod fine_tune;
 mod panacea;
 mod radius;
 mod random;
+mod region;
+mod search;
 mod step;
 
 pub use adaptive::Adaptive;
@@ -30,6 +34,11 @@ pub use fine_tune::{FineTuning, fine_tune};
 pub use panacea::{FinalEps, Panacea, Part};
 pub use radius::{Budget, Radius, RadiusError, RadiusPoint};
 pub use random::{Random, gaussian};
+pub use region::Region;
+pub use search::{
+    Choice, JudgedSet, MOST_RADII, Place, SearchOutcome, SearchSettings, Space, Trial, TrialPoint,
+    Value, search,
+};
 pub use step::{Phase, StepRecord};
 
 use std::borrow::Cow;
@@ -128,6 +137,9 @@ pub trait Observer {
 
     /// The run could be taken up again from `state`. Called after every step; whoever listens decides how often to keep one.
     fn state(&mut self, state: &State<'_>);
+
+    /// Trial number `number` of a search is done. The search could be taken up again from all trials so far.
+    fn trial(&mut self, _number: usize, _trial: &Trial) {}
 
     /// Whether to stop now; asked before each pack of tokens.
     fn interrupted(&self) -> bool;

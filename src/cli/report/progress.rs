@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use panacea_patch::eval::suite;
-use panacea_patch::optimize::{self, Phase, State, StepRecord};
-use panacea_patch::resume::{self, Identity};
+use panacea_patch::optimize::{self, Budget, Phase, State, StepRecord, Trial};
+use panacea_patch::resume::{self, Identity, ResumeError};
 
-use super::{Reporter, number};
+use super::{Reporter, number, percent};
 use crate::cli::error::chain;
 use crate::cli::interrupt;
 
@@ -25,6 +25,9 @@ pub(in crate::cli) struct StepWatch<'r> {
     longest_step: Duration,
     /// Steps done and not saved.
     unsaved: usize,
+    /// Of a search, all trials so far.
+    trials: Vec<Trial>,
+    budget: Budget,
 }
 
 /// Keeps states of a run.
@@ -48,7 +51,15 @@ impl<'r> StepWatch<'r> {
             step_began: Instant::now(),
             longest_step: Duration::ZERO,
             unsaved: 0,
+            trials: Vec::new(),
+            budget: Budget::default(),
         }
+    }
+
+    /// Of a search with `budget`, `trials` are done.
+    pub(in crate::cli) fn go_on_after(&mut self, trials: &[Trial], budget: Budget) {
+        self.trials = trials.to_vec();
+        self.budget = budget;
     }
 
     /// Seconds of each step of this process, in order.
@@ -63,7 +74,12 @@ impl<'r> StepWatch<'r> {
 
     fn save(&mut self, state: &State<'_>) {
         let Some(saver) = &self.saver else { return };
-        match resume::save(&saver.path, &saver.identity, state) {
+        let saved = resume::save(&saver.path, &saver.identity, state);
+        self.is_saved(saved);
+    }
+
+    fn is_saved(&mut self, saved: Result<(), ResumeError>) {
+        match saved {
             Ok(()) => self.unsaved = 0,
             Err(error) => {
                 // The run itself may still succeed, and stopping it would lose what could not be saved.
@@ -107,6 +123,18 @@ impl optimize::Observer for StepWatch<'_> {
         self.step_began = Instant::now();
     }
 
+    fn trial(&mut self, number: usize, trial: &Trial) {
+        self.trials.push(trial.clone());
+        let line = trial_line(number, trial, self.budget, self.step_began.elapsed());
+        self.bar.suspend(|| self.reporter.stage(line));
+        self.bar.reset();
+        if let Some(saver) = &self.saver {
+            let saved = resume::save_trials(&saver.path, &saver.identity, &self.trials);
+            self.is_saved(saved);
+        }
+        self.step_began = Instant::now();
+    }
+
     /// Where steps would be lost, the present one is finished and saved first, unless it takes twice as long as any before:
     /// then there is none, and the last work of the run is under way.
     fn interrupted(&self) -> bool {
@@ -139,6 +167,27 @@ fn step_line(record: &StepRecord, took: Duration) -> String {
     }
     line.push_str(&format!(" ({:.1} s)", took.as_secs_f64()));
     line
+}
+
+fn trial_line(place: usize, trial: &Trial, budget: Budget, took: Duration) -> String {
+    let reached = match (&trial.failure, trial.best(budget)) {
+        (Some(failure), _) => failure.clone(),
+        (None, None) => "nothing within the budget".to_owned(),
+        (None, Some(point)) => format!(
+            "refusing {}, doubt {}, kl {}{} at rho {}",
+            percent(1.0 - point.complying),
+            number(point.doubt),
+            number(point.kl),
+            point.task.map_or_else(String::new, |rise| format!(
+                ", task rise {}",
+                number(rise)
+            )),
+            number(point.rho)
+        ),
+    };
+    let (trial, steps) = (place + 1, trial.steps);
+    let took = took.as_secs_f64();
+    format!("  trial {trial}: {reached} ({steps} steps, {took:.1} s)")
 }
 
 /// Watches an evaluation: a bar for what is being asked or computed.

@@ -1,11 +1,12 @@
 //! Requests that no step learns from, to see whether the aim is reached.
 //!
-//! In: weights. Out: the share of these requests whose refusal the model finds likelier than the opening that complies.
+//! In: weights. Out: the share of these requests whose refusal the model finds likelier than the opening that complies, and how much.
 
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
+use super::super::Rows;
 use super::super::engine::{Batch, Engine, OptimizeError, Set};
 use crate::model::{EncodedRow, LossSum, Point};
 
@@ -17,29 +18,32 @@ const MOST: usize = 24;
 
 /// Predicted tokens that decide whether an answer refuses: the rest of a refusal follows from them, and its low loss would
 /// hide theirs.
-pub(super) const DECIDING: usize = 3;
+const DECIDING: usize = 3;
 
 /// Requests that no step learns from.
-pub(super) struct HeldBack<'r> {
+pub(in crate::optimize) struct HeldBack<'r> {
     openings: Batch<'r>,
     refusals: Batch<'r>,
 }
 
 /// What held-back requests say. Losses are means over rows, in nats per token.
-pub(super) struct Measured {
+pub(in crate::optimize) struct Measured {
     /// How many there are.
-    pub(super) rows: f64,
+    pub(in crate::optimize) rows: f64,
     /// Share of them whose refusal is likelier than the opening.
-    pub(super) refusing: f64,
+    pub(in crate::optimize) refusing: f64,
+    /// Mean of ln(1 + exp(r - h)), in nats: -ln of the chance of the refusal, had the model to choose between it and the opening with
+    /// a token's odds. It goes on falling where all refuse, and what one request gains beyond doubt outweighs no other.
+    pub(in crate::optimize) doubt: f64,
     /// Loss of the openings.
-    pub(super) h: f64,
+    pub(in crate::optimize) h: f64,
     /// Loss of the refusals.
-    pub(super) r: f64,
+    pub(in crate::optimize) r: f64,
 }
 
 impl<'r> HeldBack<'r> {
     /// The places to learn from, in a seeded order, and the rest. A set too small to spare rows is looked at whole.
-    pub(super) fn split(
+    pub(in crate::optimize) fn split(
         openings: &'r [EncodedRow],
         refusals: &'r [EncodedRow],
         seed: u64,
@@ -57,7 +61,18 @@ impl<'r> HeldBack<'r> {
         (learn, held_back)
     }
 
-    pub(super) fn measure(
+    /// All of the rows, which somebody else set apart.
+    pub(in crate::optimize) fn whole(
+        openings: &'r [EncodedRow],
+        refusals: &'r [EncodedRow],
+    ) -> Self {
+        Self {
+            openings: Batch::whole(Set::Harmful, openings),
+            refusals: Batch::whole(Set::Refusals, refusals),
+        }
+    }
+
+    pub(in crate::optimize) fn measure(
         &self,
         engine: &mut Engine<'_, '_>,
         point: Point<'_>,
@@ -74,14 +89,25 @@ impl<'r> HeldBack<'r> {
         Ok(Measured {
             rows: n,
             refusing: refusing / n,
+            doubt: h.iter().zip(&r).map(|(h, r)| doubt(r - h)).sum::<f64>() / n,
             h: h.iter().sum::<f64>() / n,
             r: r.iter().sum::<f64>() / n,
         })
     }
 }
 
+/// ln(1 + e^x), also where e^x is not finite.
+fn doubt(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+/// Openings and refusals up to the token that decides which of the two an answer is; no further than steps look.
+pub(in crate::optimize) fn deciding(rows: &Rows, first_tokens: usize) -> [Vec<EncodedRow>; 2] {
+    [&rows.harmful, &rows.refusals].map(|rows| beginnings(rows, DECIDING.min(first_tokens)))
+}
+
 /// Each row up to its `tokens`th predicted token.
-pub(super) fn beginnings(rows: &[EncodedRow], tokens: usize) -> Vec<EncodedRow> {
+pub(in crate::optimize) fn beginnings(rows: &[EncodedRow], tokens: usize) -> Vec<EncodedRow> {
     let beginning = |row: &EncodedRow| {
         let predicted = (1..row.tokens.len()).filter(|&i| row.in_loss[i]);
         let end = predicted
@@ -111,6 +137,14 @@ mod tests {
             [1, 2, 3, 4]
         );
         assert_eq!(beginnings(std::slice::from_ref(&row), 9)[0], row);
+    }
+
+    #[test]
+    fn doubt_is_the_loss_of_choosing_the_refusal() {
+        assert_eq!(doubt(0.0), 2f64.ln());
+        assert!((doubt(1.0) - (1.0 + 1f64.exp()).ln()).abs() < 1e-15);
+        assert_eq!(doubt(1e4), 1e4);
+        assert_eq!(doubt(-1e4), 0.0);
     }
 
     #[test]
