@@ -9,6 +9,7 @@
 //! whose colours the page's style sheet decides, for light, dark and paper; each has a title, a description, and its data in a table.
 
 mod affinity;
+mod axis;
 mod front;
 mod number;
 mod opening;
@@ -69,7 +70,10 @@ impl Page {
     /// # Errors
     /// [`ReportError`] when it cannot be laid out or a figure cannot be drawn, for which no data is known.
     pub fn html(&self) -> Result<String, ReportError> {
-        let failed = self.gates.iter().filter(|gate| gate.ruling == Ruling::Failed);
+        let failed = self
+            .gates
+            .iter()
+            .filter(|gate| gate.ruling == Ruling::Failed);
         let context = Context {
             page: self,
             title: or(&self.title, "Patch report"),
@@ -89,7 +93,10 @@ impl Page {
 
     fn radius(&self) -> Option<&RadiusSearch> {
         let search = self.search.as_ref()?;
-        search.radius.as_ref().filter(|radius| !radius.trials.is_empty())
+        search
+            .radius
+            .as_ref()
+            .filter(|radius| !radius.trials.is_empty())
     }
 }
 
@@ -234,7 +241,7 @@ pub enum ReportError {
     Layout(#[from] minijinja::Error),
     /// A figure that cannot be drawn.
     #[error("a figure cannot be drawn")]
-    Figure(#[source] plot::PlotError),
+    Figure(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// What the template sees: the page, and what was made of its parts.

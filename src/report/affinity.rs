@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::ReportError;
+use super::axis;
 use super::number::percent;
 use super::plot::{self, Caption};
 
@@ -43,7 +44,11 @@ impl View {
             return Ok(None);
         };
         let names: Vec<String> = grid.layers.iter().map(|layer| layer.name()).collect();
-        let shares: Vec<f64> = grid.shares.iter().map(|row| row.iter().flatten().sum()).collect();
+        let shares: Vec<f64> = grid
+            .shares
+            .iter()
+            .map(|row| row.iter().flatten().sum())
+            .collect();
         let kinds: Vec<f64> = (0..grid.kinds.len())
             .map(|kind| grid.shares.iter().filter_map(|row| row[kind]).sum())
             .collect();
@@ -51,7 +56,13 @@ impl View {
             id: "affinity-map".to_owned(),
             title: "Share of the energy by layer and matrix".to_owned(),
             description: match largest(&kinds) {
-                Some(kind) => format!("{} kinds of matrices in {} layers; {} holds most, {}.", kinds.len(), names.len(), grid.kinds[kind], percent(kinds[kind])),
+                Some(kind) => format!(
+                    "{} kinds of matrices in {} layers; {} holds most, {}.",
+                    kinds.len(),
+                    names.len(),
+                    grid.kinds[kind],
+                    percent(kinds[kind])
+                ),
                 None => String::new(),
             },
         };
@@ -59,7 +70,12 @@ impl View {
             id: "affinity-layers".to_owned(),
             title: "Share of the energy by layer".to_owned(),
             description: match largest(&shares) {
-                Some(layer) => format!("Layer {} holds most, {}; an even spread would give each {}.", names[layer], percent(shares[layer]), percent(1.0 / plot::place(names.len()))),
+                Some(layer) => format!(
+                    "Layer {} holds most, {}; an even spread would give each {}.",
+                    names[layer],
+                    percent(shares[layer]),
+                    percent(1.0 / axis::place(names.len()))
+                ),
                 None => String::new(),
             },
         };
@@ -73,7 +89,10 @@ impl View {
                 .zip(&shares)
                 .map(|((name, cells), share)| Row {
                     name,
-                    cells: cells.iter().map(|cell| cell.map(percent).unwrap_or_default()).collect(),
+                    cells: cells
+                        .iter()
+                        .map(|cell| cell.map(percent).unwrap_or_default())
+                        .collect(),
                     share: percent(*share),
                 })
                 .collect(),
@@ -115,7 +134,12 @@ impl Grid {
             }
         }
         // Stable: kinds of no known place stay in the tensors' order.
-        kinds.sort_by_key(|kind| ORDER.iter().position(|known| known.contains(&kind.as_str())).unwrap_or(ORDER.len()));
+        kinds.sort_by_key(|kind| {
+            ORDER
+                .iter()
+                .position(|known| known.contains(&kind.as_str()))
+                .unwrap_or(ORDER.len())
+        });
         let mut shares = vec![vec![None; kinds.len()]; layers.len()];
         for (layer, kind, share) in placed {
             let row = layers.iter().position(|other| *other == layer)?;
@@ -123,7 +147,11 @@ impl Grid {
             let cell: &mut Option<f64> = &mut shares[row][column];
             *cell = Some(cell.unwrap_or(0.0) + share);
         }
-        Some(Self { layers, kinds, shares })
+        Some(Self {
+            layers,
+            kinds,
+            shares,
+        })
     }
 }
 
@@ -147,16 +175,20 @@ impl Layer {
 fn place(name: &str) -> (Layer, String) {
     let numbers = name.split('.').filter_map(|part| part.parse().ok());
     let layer = numbers.into_iter().next().map_or(Layer::Outside, Layer::Of);
-    let kind = name
-        .rsplit('.')
-        .find(|part| !matches!(*part, "weight" | "bias" | "lora_A" | "lora_B" | "default") && part.parse::<u32>().is_err());
+    let kind = name.rsplit('.').find(|part| {
+        !matches!(*part, "weight" | "bias" | "lora_A" | "lora_B" | "default")
+            && part.parse::<u32>().is_err()
+    });
     (layer, kind.unwrap_or(name).to_owned())
 }
 
 /// A kind's name without what the others have in common.
 fn short(kind: &str) -> String {
     let kind = kind.strip_suffix("_proj").unwrap_or(kind);
-    let kind = kind.strip_prefix("attn_").or_else(|| kind.strip_prefix("ffn_")).unwrap_or(kind);
+    let kind = kind
+        .strip_prefix("attn_")
+        .or_else(|| kind.strip_prefix("ffn_"))
+        .unwrap_or(kind);
     kind.to_owned()
 }
 
@@ -182,16 +214,31 @@ mod tests {
     use super::*;
 
     fn tensor(name: &str, squared: f64) -> TensorEnergy {
-        TensorEnergy { name: name.to_owned(), squared }
+        TensorEnergy {
+            name: name.to_owned(),
+            squared,
+        }
     }
 
     #[test]
     fn names_tell_layer_and_kind() {
         for (name, layer, kind) in [
-            ("model.layers.3.self_attn.q_proj.weight", Layer::Of(3), "q_proj"),
+            (
+                "model.layers.3.self_attn.q_proj.weight",
+                Layer::Of(3),
+                "q_proj",
+            ),
             ("blk.11.ffn_down.weight", Layer::Of(11), "ffn_down"),
-            ("model.layers.0.mlp.experts.7.up_proj.weight", Layer::Of(0), "up_proj"),
-            ("base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight", Layer::Of(2), "v_proj"),
+            (
+                "model.layers.0.mlp.experts.7.up_proj.weight",
+                Layer::Of(0),
+                "up_proj",
+            ),
+            (
+                "base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight",
+                Layer::Of(2),
+                "v_proj",
+            ),
             ("lm_head.weight", Layer::Outside, "lm_head"),
             ("weight", Layer::Outside, "weight"),
         ] {
@@ -212,7 +259,11 @@ mod tests {
         assert_eq!(grid.kinds, ["q_proj", "down_proj", "lm_head"]);
         assert_eq!(
             grid.shares,
-            [[Some(0.75), None, None], [None, Some(0.125), None], [None, None, Some(0.125)]]
+            [
+                [Some(0.75), None, None],
+                [None, Some(0.125), None],
+                [None, None, Some(0.125)]
+            ]
         );
     }
 
@@ -225,7 +276,9 @@ mod tests {
 
     #[test]
     fn maps_can_be_drawn_of_one_tensor_and_of_many() {
-        let many = (0..200).flat_map(|layer| (0..12).map(move |kind| tensor(&format!("layers.{layer}.kind{kind}.weight"), 1.0)));
+        let many = (0..200).flat_map(|layer| {
+            (0..12).map(move |kind| tensor(&format!("layers.{layer}.kind{kind}.weight"), 1.0))
+        });
         for tensors in [vec![tensor("a.weight", 1.0)], many.collect()] {
             assert!(View::of(&tensors).expect("a figure").is_some());
         }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::ReportError;
-use super::number::number;
+use super::number::{Digits, number};
 use super::plot::{self, Caption, Spot, Standing};
 
 /// Points of which less is better in both directions.
@@ -54,7 +54,9 @@ struct Row {
 impl Front {
     /// Points are numbered, since their labels would cover one another.
     pub(super) fn view(&self) -> Result<View, ReportError> {
-        let standings: Vec<Standing> = (0..self.points.len()).map(|place| self.standing(place)).collect();
+        let standings: Vec<Standing> = (0..self.points.len())
+            .map(|place| self.standing(place))
+            .collect();
         let spots: Vec<Spot> = self
             .points
             .iter()
@@ -69,7 +71,10 @@ impl Front {
                 chosen: self.chosen == Some(place),
             })
             .collect();
-        let on_front = standings.iter().filter(|standing| **standing == Standing::OnFront).count();
+        let on_front = standings
+            .iter()
+            .filter(|standing| **standing == Standing::OnFront)
+            .count();
         let caption = Caption {
             id: "front".to_owned(),
             title: "Cost and harm of each perturbation".to_owned(),
@@ -77,11 +82,18 @@ impl Front {
                 "{} points, of which {on_front} are on the front.{}",
                 self.points.len(),
                 match self.chosen.and_then(|place| self.points.get(place)) {
-                    Some(point) => format!(" Chosen: {}, cost {}, harm {}.", point.label, number(point.cost), number(point.harm)),
+                    Some(point) => format!(
+                        " Chosen: {}, cost {}, harm {}.",
+                        point.label,
+                        number(point.cost),
+                        number(point.harm)
+                    ),
                     None => String::new(),
                 }
             ),
         };
+        let cost = Digits::of(self.points.iter().map(|point| point.cost));
+        let harm = Digits::of(self.points.iter().map(|point| point.harm));
         Ok(View {
             svg: plot::scatter(&caption, &self.cost, &self.harm, &spots)?,
             cost: self.cost.clone(),
@@ -94,8 +106,8 @@ impl Front {
                 .map(|(place, (point, standing))| Row {
                     number: place + 1,
                     label: point.label.clone(),
-                    cost: number(point.cost),
-                    harm: number(point.harm),
+                    cost: cost.show(point.cost),
+                    harm: harm.show(point.harm),
                     standing: match (self.chosen == Some(place), standing) {
                         (true, Standing::OnFront) => "chosen, on the front",
                         (true, Standing::Dominated) => "chosen",
@@ -111,7 +123,9 @@ impl Front {
         let point = &self.points[place];
         let finite = point.cost.is_finite() && point.harm.is_finite();
         let better = |other: &FrontPoint| {
-            other.cost <= point.cost && other.harm <= point.harm && (other.cost < point.cost || other.harm < point.harm)
+            other.cost <= point.cost
+                && other.harm <= point.harm
+                && (other.cost < point.cost || other.harm < point.harm)
         };
         match finite && !self.points.iter().any(better) {
             true => Standing::OnFront,
@@ -125,20 +139,44 @@ mod tests {
     use super::*;
 
     fn front(points: &[(f64, f64)], chosen: Option<usize>) -> Front {
-        let point = |&(cost, harm): &(f64, f64)| FrontPoint { label: "a".to_owned(), cost, harm };
-        Front { points: points.iter().map(point).collect(), chosen, ..Front::default() }
+        let point = |&(cost, harm): &(f64, f64)| FrontPoint {
+            label: "a".to_owned(),
+            cost,
+            harm,
+        };
+        Front {
+            points: points.iter().map(point).collect(),
+            chosen,
+            ..Front::default()
+        }
     }
 
     fn standings(front: &Front) -> Vec<&'static str> {
-        front.view().expect("a figure").rows.iter().map(|row| row.standing).collect()
+        front
+            .view()
+            .expect("a figure")
+            .rows
+            .iter()
+            .map(|row| row.standing)
+            .collect()
     }
 
     #[test]
     fn the_front_is_what_no_other_point_is_better_than() {
-        let points = [(0.0, 10.0), (1.0, 5.0), (1.0, 6.0), (2.0, 5.0), (3.0, 1.0), (3.0, 1.0)];
+        let points = [
+            (0.0, 10.0),
+            (1.0, 5.0),
+            (1.0, 6.0),
+            (2.0, 5.0),
+            (3.0, 1.0),
+            (3.0, 1.0),
+        ];
         let on = "on the front";
         assert_eq!(standings(&front(&points, None)), [on, on, "", "", on, on]);
-        assert_eq!(standings(&front(&points, Some(1)))[1], "chosen, on the front");
+        assert_eq!(
+            standings(&front(&points, Some(1)))[1],
+            "chosen, on the front"
+        );
         assert_eq!(standings(&front(&points, Some(2)))[2], "chosen");
     }
 
@@ -146,11 +184,25 @@ mod tests {
     fn a_point_that_is_no_number_is_listed_and_not_drawn() {
         let front = front(&[(f64::NAN, 1.0), (1.0, 2.0)], None);
         assert_eq!(standings(&front), ["", "on the front"]);
-        assert_eq!(front.view().expect("a figure").svg.matches("<circle").count(), 1);
+        assert_eq!(
+            front
+                .view()
+                .expect("a figure")
+                .svg
+                .matches("<circle")
+                .count(),
+            1
+        );
     }
 
     #[test]
     fn no_points_make_an_empty_figure() {
-        assert!(front(&[], Some(3)).view().expect("a figure").rows.is_empty());
+        assert!(
+            front(&[], Some(3))
+                .view()
+                .expect("a figure")
+                .rows
+                .is_empty()
+        );
     }
 }

@@ -18,6 +18,49 @@ pub(super) fn number(value: f64) -> String {
     signed(&format!("{value:.digits_after$}"))
 }
 
+/// Decimal places that a column of numbers shares, so that its digits stand below one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Digits {
+    /// So many after the point.
+    After(usize),
+    /// Each number has its own power of ten.
+    Scientific,
+}
+
+impl Digits {
+    /// Enough for four significant digits of the largest of `values`, but no more than four after the point where that is three of them.
+    pub(super) fn of(values: impl IntoIterator<Item = f64>) -> Self {
+        let sizes = values
+            .into_iter()
+            .map(f64::abs)
+            .filter(|size| size.is_finite());
+        let largest = sizes.fold(0.0, f64::max);
+        if largest == 0.0 {
+            return Self::After(0);
+        }
+        if !(1e-4..1e6).contains(&largest) {
+            return Self::Scientific;
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "between -4 and 6")]
+        let digits_before = largest.log10().floor() as i32 + 1;
+        let digits_after = (4 - digits_before).clamp(0, 4.max(3 - digits_before));
+        Self::After(usize::try_from(digits_after).unwrap_or(0))
+    }
+
+    pub(super) fn show(self, value: f64) -> String {
+        match self {
+            Self::After(digits) if value.is_finite() => {
+                let text = format!("{value:.digits$}");
+                match text.trim_matches(['-', '0', '.']).is_empty() {
+                    true => text.trim_start_matches('-').to_owned(),
+                    false => signed(&text),
+                }
+            }
+            Self::After(_) | Self::Scientific => number(value),
+        }
+    }
+}
+
 /// A number on an axis, where its neighbors are round, too.
 pub(super) fn tick(value: f64) -> String {
     let size = value.abs();
@@ -119,6 +162,27 @@ mod tests {
             (f64::NEG_INFINITY, "–"),
         ] {
             assert_eq!(number(value), text);
+        }
+    }
+
+    #[test]
+    fn numbers_of_a_column_share_their_places() {
+        for (values, texts) in [
+            (
+                vec![0.0969, 0.0006, -0.00001],
+                vec!["0.0969", "0.0006", "0.0000"],
+            ),
+            (vec![14.93, -0.72, f64::NAN], vec!["14.93", "−0.72", "–"]),
+            (vec![0.2512, 1.303], vec!["0.251", "1.303"]),
+            (vec![91.7, 4.2], vec!["91.70", "4.20"]),
+            (vec![0.0006, 0.0005], vec!["0.000600", "0.000500"]),
+            (vec![123_456.7, 2.0], vec!["123457", "2"]),
+            (vec![2e-6, 0.0], vec!["2.000e−6", "0"]),
+            (vec![0.0, 0.0], vec!["0", "0"]),
+        ] {
+            let digits = Digits::of(values.iter().copied());
+            let shown: Vec<String> = values.into_iter().map(|value| digits.show(value)).collect();
+            assert_eq!(shown, texts);
         }
     }
 

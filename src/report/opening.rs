@@ -78,7 +78,10 @@ fn width(character: char) -> usize {
 }
 
 fn ends_line(character: char) -> bool {
-    matches!(character, '\n' | '\u{B}' | '\u{C}' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}')
+    matches!(
+        character,
+        '\n' | '\u{B}' | '\u{C}' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}'
+    )
 }
 
 /// What an affirmative opening or a refusal takes, and an answer's body does not fit in.
@@ -92,14 +95,21 @@ mod tests {
 
     #[test]
     fn a_short_answer_is_its_own_opening() {
-        assert_eq!(Opening::of("I cannot help with that.").as_str(), "I cannot help with that.");
+        assert_eq!(
+            Opening::of("I cannot help with that.").as_str(),
+            "I cannot help with that."
+        );
         assert_eq!(Opening::of("").as_str(), "");
         assert_eq!(Opening::of(" \n\t ").as_str(), "");
     }
 
     #[test]
     fn what_follows_the_first_line_is_left_out() {
-        for answer in ["Sure, here is a plan:\n\n1. body", "\n Sure,  here is\ta plan:\r\nbody", "Sure, here is a plan:\u{2028}body"] {
+        for answer in [
+            "Sure, here is a plan:\n\n1. body",
+            "\n Sure,  here is\ta plan:\r\nbody",
+            "Sure, here is a plan:\u{2028}body",
+        ] {
             assert_eq!(Opening::of(answer).as_str(), "Sure, here is a plan:…");
         }
     }
@@ -110,26 +120,48 @@ mod tests {
         let opening = Opening::of(&answer);
         // 15 words with their spaces are 74 columns, 16 are 79, and the ellipsis is the 80th.
         assert_eq!(opening.as_str(), format!("{}…", ["word"; 16].join(" ")));
-        assert!(!Opening::of(&format!("{} body", "x".repeat(79))).as_str().contains("body"));
+        assert!(
+            !Opening::of(&format!("{} body", "x".repeat(79)))
+                .as_str()
+                .contains("body")
+        );
     }
 
     #[test]
     fn a_line_without_words_is_cut_anywhere() {
-        assert_eq!(Opening::of(&"x".repeat(100)).as_str(), format!("{}…", "x".repeat(79)));
-        assert_eq!(Opening::of(&"文".repeat(100)).as_str(), format!("{}…", "文".repeat(39)));
+        assert_eq!(
+            Opening::of(&"x".repeat(100)).as_str(),
+            format!("{}…", "x".repeat(79))
+        );
+        assert_eq!(
+            Opening::of(&"文".repeat(100)).as_str(),
+            format!("{}…", "文".repeat(39))
+        );
     }
 
     #[test]
     fn what_has_no_width_counts_all_the_same() {
-        assert_eq!(Opening::of(&"\u{E0041}".repeat(100)).as_str().chars().count(), 80);
-        assert_eq!(Opening::of(&"\u{301}".repeat(100)).as_str().chars().count(), 80);
+        assert_eq!(
+            Opening::of(&"\u{E0041}".repeat(100))
+                .as_str()
+                .chars()
+                .count(),
+            80
+        );
+        assert_eq!(
+            Opening::of(&"\u{301}".repeat(100)).as_str().chars().count(),
+            80
+        );
     }
 
     #[test]
     fn reading_one_cuts_it() {
         let answer = format!("\"Sure, here is:\\n{}\"", "body ".repeat(20));
         let opening: Opening = serde_json::from_str(&answer).expect("a string");
-        assert_eq!(serde_json::to_string(&opening).expect("a string"), "\"Sure, here is:…\"");
+        assert_eq!(
+            serde_json::to_string(&opening).expect("a string"),
+            "\"Sure, here is:…\""
+        );
     }
 
     proptest! {

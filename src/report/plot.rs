@@ -11,13 +11,11 @@ use std::fmt::Write;
 
 use minijinja::HtmlEscape;
 use plotters::coord::Shift;
-use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
-use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::ReportError;
-use super::number::tick;
+use super::axis::Axis;
 use super::text::visible;
 
 /// What a figure is called and shows, for those who do not see it.
@@ -31,99 +29,13 @@ pub(super) struct Caption {
 /// A line through points.
 pub(super) struct Curve {
     pub(super) x: Axis,
-    pub(super) y: Range,
-    /// By x; all finite.
+    pub(super) y: Axis,
+    /// By x. Those that an axis does not show are left out.
     pub(super) points: Vec<(f64, f64)>,
     /// A value of y that was not to be exceeded.
     pub(super) limit: Option<f64>,
     /// The place of the point that was chosen.
     pub(super) chosen: Option<usize>,
-}
-
-/// What lies along x, and where its ticks are. A logarithmic one has powers of ten for its places.
-pub(super) struct Axis {
-    pub(super) name: String,
-    pub(super) from: f64,
-    pub(super) to: f64,
-    pub(super) ticks: Vec<(f64, String)>,
-}
-
-impl Axis {
-    /// Steps from 0 to `last`.
-    pub(super) fn steps(last: usize) -> Self {
-        let between = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 100_000]
-            .into_iter()
-            .find(|between| last / between <= 7)
-            .unwrap_or(1_000_000);
-        let ticks = (0..=last).step_by(between).map(|step| (place(step), step.to_string()));
-        Self {
-            name: "step".to_owned(),
-            from: 0.0,
-            to: place(last.max(1)),
-            ticks: ticks.collect(),
-        }
-    }
-
-    /// Radii from `least` to `most`, both finite and above 0, by their logarithms.
-    pub(super) fn radii(least: f64, most: f64) -> Self {
-        let margin = (0.04 * (most / least).log10()).max(0.02);
-        let (from, to) = (least.log10() - margin, most.log10() + margin);
-        let candidates = |factors: &[f64]| -> Vec<(f64, String)> {
-            #[expect(clippy::cast_possible_truncation, reason = "the exponent of a finite number")]
-            let decades = from.floor() as i32..=to.floor() as i32;
-            let values = decades.flat_map(|decade| factors.iter().map(move |factor| factor * 10.0_f64.powi(decade)));
-            let inside = values.filter(|value| (from..=to).contains(&value.log10()));
-            inside.map(|value| (value.log10(), tick(value))).collect()
-        };
-        let finer: [&[f64]; 4] = [&[1.0], &[1.0, 3.0], &[1.0, 2.0, 5.0], &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]];
-        let ticks = finer.into_iter().map(candidates).find(|ticks| ticks.len() >= 3);
-        Self {
-            name: "radius, log scale".to_owned(),
-            from,
-            to,
-            ticks: ticks.unwrap_or_else(|| vec![(least.log10(), tick(least)), (most.log10(), tick(most))]),
-        }
-    }
-
-    /// Values from `from` to `to`.
-    fn values(name: &str, range: Range) -> Self {
-        Self {
-            name: name.to_owned(),
-            from: range.from,
-            to: range.to,
-            ticks: Vec::new(),
-        }
-    }
-}
-
-/// What is shown of an axis.
-#[derive(Clone, Copy)]
-pub(super) struct Range {
-    from: f64,
-    to: f64,
-}
-
-impl Range {
-    /// Percent.
-    pub(super) const PERCENT: Self = Self { from: 0.0, to: 100.0 };
-
-    /// Room for `values`, and zero if it is not far.
-    pub(super) fn of(values: impl IntoIterator<Item = f64>) -> Self {
-        let (low, high) = values
-            .into_iter()
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
-        if !(high - low).is_finite() {
-            return Self { from: 0.0, to: 1.0 };
-        }
-        let margin = match 0.06 * (high - low) {
-            none if none == 0.0 => (0.06 * high.abs()).max(f64::from(f32::MIN_POSITIVE)),
-            some => some,
-        };
-        // Measures that cannot be negative start at zero.
-        let from = if low >= 0.0 { 0.0 } else { low - margin };
-        let to = if low == 0.0 && high == 0.0 { 1.0 } else { high + margin };
-        Self { from, to }
-    }
 }
 
 /// A point of a scatter plot.
@@ -148,18 +60,21 @@ pub(super) enum Standing {
 /// Draws a line through points, each of them marked unless they are many.
 pub(super) fn curve(caption: &Caption, curve: &Curve) -> Result<String, ReportError> {
     let marks = curve.points.len() <= MARKS;
+    let shown = |&(x, y): &(f64, f64)| curve.x.shows(x) && curve.y.shows(y);
+    let points = || curve.points.iter().copied().filter(shown);
     draw(caption, CURVE_HEIGHT, |area| {
-        let mut chart = axes(area, &curve.x, curve.y, "")?;
-        if let Some(limit) = curve.limit {
-            let ends = [(curve.x.from, limit), (curve.x.to, limit)];
+        let mut chart = axes(area, &curve.x, &curve.y)?;
+        if let Some(limit) = curve.limit.filter(|limit| curve.y.shows(*limit)) {
+            let ends = curve.x.ends().map(|x| (x, limit));
             chart.draw_series(LineSeries::new(ends, Paint::Limit.line(14)))?;
         }
-        chart.draw_series(LineSeries::new(curve.points.iter().copied(), Paint::Line.line(18)))?;
+        chart.draw_series(LineSeries::new(points(), Paint::Line.line(18)))?;
         if marks {
-            let circles = curve.points.iter().map(|&point| Circle::new(point, 24, Paint::Mark.fill()));
+            let circles = points().map(|point| Circle::new(point, 24, Paint::Mark.fill()));
             chart.draw_series(circles)?;
         }
-        if let Some(&point) = curve.chosen.and_then(|chosen| curve.points.get(chosen)) {
+        let chosen = curve.chosen.and_then(|chosen| curve.points.get(chosen));
+        if let Some(&point) = chosen.filter(|point| shown(point)) {
             chart.draw_series([Circle::new(point, 55, Paint::Chosen.line(16))])?;
         }
         Ok(())
@@ -167,21 +82,32 @@ pub(super) fn curve(caption: &Caption, curve: &Curve) -> Result<String, ReportEr
 }
 
 /// Draws points with their labels, and a staircase along those that no other point is better than.
-pub(super) fn scatter(caption: &Caption, x: &str, y: &str, spots: &[Spot]) -> Result<String, ReportError> {
-    let x = Axis::values(x, Range::of(spots.iter().map(|spot| spot.x)));
-    let y_range = Range::of(spots.iter().map(|spot| spot.y));
+pub(super) fn scatter(
+    caption: &Caption,
+    x: &str,
+    y: &str,
+    spots: &[Spot],
+) -> Result<String, ReportError> {
+    let x = Axis::of(x, spots.iter().map(|spot| spot.x));
+    let y = Axis::of(y, spots.iter().map(|spot| spot.y));
+    let spots: Vec<&Spot> = spots
+        .iter()
+        .filter(|spot| x.shows(spot.x) && y.shows(spot.y))
+        .collect();
     let mut front: Vec<(f64, f64)> = spots
         .iter()
         .filter(|spot| spot.standing == Standing::OnFront)
         .map(|spot| (spot.x, spot.y))
         .collect();
     front.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.total_cmp(&a.1)));
-    let corners = front.windows(2).flat_map(|pair| [pair[0], (pair[1].0, pair[0].1)]);
+    let corners = front
+        .windows(2)
+        .flat_map(|pair| [pair[0], (pair[1].0, pair[0].1)]);
     let stairs: Vec<(f64, f64)> = corners.chain(front.last().copied()).collect();
     draw(caption, SCATTER_HEIGHT, |area| {
-        let mut chart = axes(area, &x, y_range, y)?;
+        let mut chart = axes(area, &x, &y)?;
         chart.draw_series(LineSeries::new(stairs, Paint::Limit.line(12)))?;
-        for spot in spots {
+        for spot in &spots {
             let at = (spot.x, spot.y);
             let circle = match spot.standing {
                 Standing::OnFront => Circle::new(at, 36, Paint::Mark.fill()),
@@ -191,17 +117,68 @@ pub(super) fn scatter(caption: &Caption, x: &str, y: &str, spots: &[Spot]) -> Re
             if spot.chosen {
                 chart.draw_series([Circle::new(at, 70, Paint::Chosen.line(18))])?;
             }
-            let style = text(110, Paint::Ink, HPos::Left, VPos::Bottom);
-            let label = EmptyElement::at(at) + Text::new(spot.label.clone(), (60, -30), style);
-            chart.draw_series([label])?;
+        }
+        let places: Vec<(i32, i32)> = spots
+            .iter()
+            .map(|spot| chart.backend_coord(&(spot.x, spot.y)))
+            .collect();
+        let labels = label_places(&places, SCATTER_HEIGHT - FOOT - 100);
+        for (spot, (x, y)) in spots.iter().zip(labels) {
+            let style = text(110, Paint::Ink, HPos::Center, VPos::Center);
+            area.draw(&Text::new(spot.label.clone(), (x, y), style))?;
         }
         Ok(())
     })
 }
 
+/// Where the label of each of `places` goes: to that of four corners which is farthest from the other points and the labels so far. Below `bottom`
+/// is the axis.
+fn label_places(places: &[(i32, i32)], bottom: i32) -> Vec<(i32, i32)> {
+    let mut labels: Vec<(i32, i32)> = Vec::with_capacity(places.len());
+    for (index, &(x, y)) in places.iter().enumerate() {
+        let corners = [
+            (x + 105, y - 75),
+            (x - 105, y - 75),
+            (x + 105, y + 90),
+            (x - 105, y + 90),
+        ];
+        let room = |corner: (i32, i32)| {
+            let others = places
+                .iter()
+                .enumerate()
+                .filter(|(other, _)| *other != index)
+                .map(|(_, place)| place);
+            let distances = others.chain(&labels).map(|place| {
+                let (right, down) = (i64::from(place.0 - corner.0), i64::from(place.1 - corner.1));
+                right * right + down * down
+            });
+            let outside = corner.1 > bottom || corner.0 > WIDTH - 80;
+            if outside {
+                0
+            } else {
+                distances.min().unwrap_or(i64::MAX).min(ROOM * ROOM)
+            }
+        };
+        // The first of those with equal room.
+        let best = corners.into_iter().rev().max_by_key(|corner| room(*corner));
+        labels.push(best.unwrap_or((x, y)));
+    }
+    labels
+}
+
 /// Draws a map of shares, a row for each of `rows`: the darker, the nearer to the largest. `shares` go row by row; nothing where there is none.
-pub(super) fn map(caption: &Caption, rows: &[String], columns: &[String], shares: &[Vec<Option<f64>>]) -> Result<String, ReportError> {
-    let largest = shares.iter().flatten().flatten().copied().fold(0.0, f64::max);
+pub(super) fn map(
+    caption: &Caption,
+    rows: &[String],
+    columns: &[String],
+    shares: &[Vec<Option<f64>>],
+) -> Result<String, ReportError> {
+    let largest = shares
+        .iter()
+        .flatten()
+        .flatten()
+        .copied()
+        .fold(0.0, f64::max);
     let lines = Lines::of(rows.len());
     let width = (WIDTH - LEFT) / count(columns.len().max(1));
     // "12.3" in its type takes about 230 units, and a column's name about 55 for each character.
@@ -211,7 +188,7 @@ pub(super) fn map(caption: &Caption, rows: &[String], columns: &[String], shares
         lines.names(area, rows)?;
         for (column, name) in columns.iter().enumerate() {
             let x = LEFT + width * count(column) + width / 2;
-            let style = text(100, Paint::Muted, HPos::Center, VPos::Bottom);
+            let style = text(106, Paint::Muted, HPos::Center, VPos::Bottom);
             area.draw(&Text::new(shortened(name, letters), (x, HEAD - 30), style))?;
         }
         for (row, shares) in shares.iter().enumerate() {
@@ -219,13 +196,23 @@ pub(super) fn map(caption: &Caption, rows: &[String], columns: &[String], shares
                 let Some(share) = *share else { continue };
                 let (x, y) = (LEFT + width * count(column), lines.top(row));
                 let corners = [(x, y), (x + width - 10, y + lines.each - 10)];
-                let darkness = if largest > 0.0 { (100.0 * share / largest).round() / 100.0 } else { 0.0 };
-                area.draw(&Rectangle::new(corners, Paint::Cell.fill()))?;
-                area.draw(&Rectangle::new(corners, Paint::Heat.colour().mix(darkness).filled()))?;
+                let darkness = if largest > 0.0 {
+                    (100.0 * share / largest).round() / 100.0
+                } else {
+                    0.0
+                };
+                area.draw(&Rectangle::new(
+                    corners,
+                    Paint::Heat.colour().mix(darkness).filled(),
+                ))?;
                 if numbers {
                     let middle = (x + width / 2 - 5, y + lines.each / 2 - 5);
-                    let style = text(95, Paint::Ink, HPos::Center, VPos::Center);
-                    area.draw(&Text::new(super::number::one_digit(100.0 * share), middle, style))?;
+                    let style = text(102, Paint::Ink, HPos::Center, VPos::Center);
+                    area.draw(&Text::new(
+                        super::number::one_digit(100.0 * share),
+                        middle,
+                        style,
+                    ))?;
                 }
             }
         }
@@ -234,7 +221,11 @@ pub(super) fn map(caption: &Caption, rows: &[String], columns: &[String], shares
 }
 
 /// Draws shares as bars, a row for each of `rows`, in lines as high as those of [`map`].
-pub(super) fn bars(caption: &Caption, rows: &[String], shares: &[f64]) -> Result<String, ReportError> {
+pub(super) fn bars(
+    caption: &Caption,
+    rows: &[String],
+    shares: &[f64],
+) -> Result<String, ReportError> {
     let largest = shares.iter().copied().fold(0.0, f64::max);
     let lines = Lines::of(rows.len());
     draw(caption, lines.height(), |area| {
@@ -248,7 +239,7 @@ pub(super) fn bars(caption: &Caption, rows: &[String], shares: &[f64]) -> Result
             let corners = [(LEFT, y), (LEFT + length.max(8), y + lines.each - 10)];
             area.draw(&Rectangle::new(corners, Paint::Mark.fill()))?;
             if lines.labelled() {
-                let style = text(100, Paint::Ink, HPos::Left, VPos::Center);
+                let style = text(106, Paint::Ink, HPos::Left, VPos::Center);
                 let beside = (LEFT + length + 40, y + lines.each / 2 - 5);
                 area.draw(&Text::new(super::number::percent(share), beside, style))?;
             }
@@ -287,7 +278,7 @@ impl Lines {
         let between = usize::try_from(120 / self.each + 1).unwrap_or(1);
         let between = if self.labelled() { 1 } else { between };
         for (row, name) in rows.iter().enumerate().step_by(between) {
-            let style = text(100, Paint::Muted, HPos::Right, VPos::Center);
+            let style = text(106, Paint::Muted, HPos::Right, VPos::Center);
             let at = (LEFT - 60, self.top(row) + self.each / 2 - 5);
             area.draw(&Text::new(shortened(name, 7), at, style))?;
         }
@@ -296,69 +287,40 @@ impl Lines {
 }
 
 /// What [`plotters`] fails with: writing to a string does not.
-pub(super) type PlotError = DrawingAreaErrorKind<std::io::Error>;
+type PlotError = DrawingAreaErrorKind<std::io::Error>;
 
 type Area<'s> = DrawingArea<SVGBackend<'s>, Shift>;
-type Chart<'a, 's> = ChartContext<'a, SVGBackend<'s>, Cartesian2d<Ticks, RangedCoordf64>>;
+type Chart<'a, 's> = ChartContext<'a, SVGBackend<'s>, Cartesian2d<Axis, Axis>>;
 
-/// An axis with its ticks at given places, which the library has only for types that it can name by itself.
-struct Ticks {
-    axis: RangedCoordf64,
-    places: Vec<f64>,
-}
-
-impl Ranged for Ticks {
-    type FormatOption = DefaultFormatting;
-    type ValueType = f64;
-
-    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
-        self.axis.map(value, limit)
+/// Axes with their ticks, and what comes between them is for the caller to draw. The name of the upright one stands above it, where there is one.
+fn axes<'a, 's>(area: &'a Area<'s>, x: &Axis, y: &Axis) -> Result<Chart<'a, 's>, PlotError> {
+    let head = if y.name().is_empty() { 60 } else { HEAD };
+    let name = Text::new(
+        shortened(y.name(), 50),
+        (0, 30),
+        text(110, Paint::Muted, HPos::Left, VPos::Top),
+    );
+    if !y.name().is_empty() {
+        area.draw(&name)?;
     }
-
-    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
-        match self.places.is_empty() {
-            true => self.axis.key_points(hint),
-            false => self.places.clone(),
-        }
-    }
-
-    fn range(&self) -> std::ops::Range<f64> {
-        self.axis.range()
-    }
-}
-
-/// Axes with their ticks, and what comes between them is for the caller to draw.
-fn axes<'a, 's>(area: &'a Area<'s>, x: &Axis, y: Range, y_name: &str) -> Result<Chart<'a, 's>, PlotError> {
-    let left = if y_name.is_empty() { LEFT } else { LEFT + 160 };
-    let ticks = Ticks {
-        axis: RangedCoordf64::from(x.from..x.to),
-        places: x.ticks.iter().map(|(place, _)| *place).collect(),
-    };
-    let name = |place: &f64| match x.ticks.iter().find(|(other, _)| other == place) {
-        Some((_, name)) => name.clone(),
-        None => tick(*place),
-    };
     let mut chart = ChartBuilder::on(area)
-        .margin_top(60)
+        .margin_top(head)
         .margin_right(90)
-        .set_label_area_size(LabelAreaPosition::Left, left)
-        .set_label_area_size(LabelAreaPosition::Bottom, 380)
-        .build_cartesian_2d(ticks, y.from..y.to)?;
+        .set_label_area_size(LabelAreaPosition::Left, LEFT)
+        .set_label_area_size(LabelAreaPosition::Bottom, FOOT)
+        .build_cartesian_2d(x.clone(), y.clone())?;
     chart
         .configure_mesh()
         .disable_x_mesh()
-        .x_labels(6)
-        .y_labels(5)
-        .y_max_light_lines(0)
+        .max_light_lines(0)
         .bold_line_style(Paint::Rule.line(8))
         .axis_style(Paint::Axis.line(10))
         .set_all_tick_mark_size(35)
-        .label_style(text(105, Paint::Muted, HPos::Left, VPos::Center))
-        .axis_desc_style(text(105, Paint::Muted, HPos::Center, VPos::Center))
-        .x_label_formatter(&name)
-        .y_label_formatter(&|value| tick(*value))
-        .x_desc(visible(&x.name))
-        .y_desc(visible(y_name))
+        .label_style(text(110, Paint::Muted, HPos::Left, VPos::Center))
+        .axis_desc_style(text(110, Paint::Muted, HPos::Center, VPos::Center))
+        .x_label_formatter(&|place| x.label(*place))
+        .y_label_formatter(&|place| y.label(*place))
+        .x_desc(shortened(x.name(), 50))
         .draw()?;
     Ok(chart)
 }
@@ -373,7 +335,9 @@ fn draw(
     {
         let size = (WIDTH.unsigned_abs(), height.unsigned_abs());
         let area = SVGBackend::with_string(&mut drawn, size).into_drawing_area();
-        paint(&area).and_then(|()| area.present()).map_err(ReportError::Figure)?;
+        paint(&area)
+            .and_then(|()| area.present())
+            .map_err(|error| ReportError::Figure(error.into()))?;
     }
     for paint in Paint::ALL {
         let RGBColor(red, green, blue) = paint.colour();
@@ -382,14 +346,25 @@ fn draw(
             drawn = drawn.replace(&colour, &format!("class=\"{property}-{}\"", paint.name()));
         }
     }
-    for default in [" opacity=\"1\"", " stroke=\"none\"", " font-family=\"sans-serif\""] {
+    for default in [
+        " opacity=\"1\"",
+        " stroke=\"none\"",
+        " stroke-width=\"1\"",
+        " font-family=\"sans-serif\"",
+    ] {
         drawn = drawn.replace(default, "");
     }
     // The library's own root gives way to one with a name and a role.
-    let inside = drawn.split_once('>').and_then(|(_, rest)| rest.rsplit_once("</svg>"));
+    let inside = drawn
+        .split_once('>')
+        .and_then(|(_, rest)| rest.rsplit_once("</svg>"));
     let (inside, _) = inside.unwrap_or_default();
     let mut svg = String::new();
-    let Caption { id, title, description } = caption;
+    let Caption {
+        id,
+        title,
+        description,
+    } = caption;
     // Writing to a string does not fail.
     let _ = write!(
         svg,
@@ -409,25 +384,28 @@ fn text(size: i32, paint: Paint, horizontal: HPos, vertical: VPos) -> TextStyle<
     // The library divides sizes by 1.24.
     let font = ("sans-serif", 1.24 * f64::from(size)).into_font();
     let colour = paint.colour().to_backend_color();
-    TextStyle { color: colour, ..TextStyle::from(font) }.pos(Pos::new(horizontal, vertical))
+    TextStyle {
+        color: colour,
+        ..TextStyle::from(font)
+    }
+    .pos(Pos::new(horizontal, vertical))
 }
 
 /// The first of `name`'s characters, at most `letters`.
 fn shortened(name: &str, letters: usize) -> String {
     let name = visible(name);
     match name.chars().count() > letters {
-        true => name.chars().take(letters.saturating_sub(1)).chain(['…']).collect(),
+        true => name
+            .chars()
+            .take(letters.saturating_sub(1))
+            .chain(['…'])
+            .collect(),
         false => name.into_owned(),
     }
 }
 
 fn count(number: usize) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "steps of a search")]
-pub(super) fn place(step: usize) -> f64 {
-    step as f64
 }
 
 /// What a thing is drawn for; the style sheet knows its colour by its name.
@@ -441,12 +419,11 @@ enum Paint {
     Mark,
     Limit,
     Chosen,
-    Cell,
     Heat,
 }
 
 impl Paint {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 9] = [
         Self::Ink,
         Self::Muted,
         Self::Rule,
@@ -455,7 +432,6 @@ impl Paint {
         Self::Mark,
         Self::Limit,
         Self::Chosen,
-        Self::Cell,
         Self::Heat,
     ];
 
@@ -469,7 +445,6 @@ impl Paint {
             Self::Mark => "mark",
             Self::Limit => "limit",
             Self::Chosen => "chosen",
-            Self::Cell => "cell",
             Self::Heat => "heat",
         }
     }
@@ -500,9 +475,15 @@ const LEFT: i32 = 460;
 /// What labels above a map take.
 const HEAD: i32 = 180;
 
+/// What labels below an axis take.
+const FOOT: i32 = 380;
+
 const CURVE_HEIGHT: i32 = 1900;
 
 const SCATTER_HEIGHT: i32 = 2800;
+
+/// A label that has so much has enough.
+const ROOM: i64 = 260;
 
 /// Points that can be told from one another.
 const MARKS: usize = 60;

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::number::{number, one_digit, p_value, with_sign};
+use super::number::{Digits, one_digit, p_value, with_sign};
 use crate::eval::figure::{Estimate, Measure};
 use crate::eval::judge::Outcome;
 
@@ -77,7 +77,12 @@ pub struct Outcomes {
 impl Outcomes {
     /// Counts `outcomes`.
     pub fn of(outcomes: &[Outcome]) -> Self {
-        let count = |wanted| outcomes.iter().filter(|&&outcome| outcome == wanted).count();
+        let count = |wanted| {
+            outcomes
+                .iter()
+                .filter(|&&outcome| outcome == wanted)
+                .count()
+        };
         Self {
             refused: count(Outcome::Refused),
             complied: count(Outcome::Complied),
@@ -104,7 +109,10 @@ impl Comparison {
         let mut measures: Vec<Measure> = scores.map(|score| score.measure).collect();
         measures.sort_unstable();
         measures.dedup();
-        measures.into_iter().map(|measure| self.rows(measure)).collect()
+        measures
+            .into_iter()
+            .map(|measure| self.rows(measure))
+            .collect()
     }
 
     fn rows(&self, measure: Measure) -> MeasureRows {
@@ -112,23 +120,40 @@ impl Comparison {
             .columns
             .iter()
             .filter_map(|column| {
-                let score = column.scores.iter().find(|score| score.measure == measure)?;
+                let score = column
+                    .scores
+                    .iter()
+                    .find(|score| score.measure == measure)?;
                 Some((column, score))
             })
             .collect();
         let words = Words::of(measure);
         let scale = Scale::of(words.unit, found.iter().map(|(_, score)| score.estimate));
+        let style = Style {
+            unit: words.unit,
+            digits: Digits::of(found.iter().flat_map(|(_, score)| {
+                let Estimate {
+                    value, low, high, ..
+                } = score.estimate;
+                [value, low, high]
+            })),
+        };
         let rows = found.iter().map(|(column, score)| Row {
             column: column.name.clone(),
-            value: words.unit.value(score.estimate.value),
-            interval: words.unit.interval(score.estimate.low, score.estimate.high),
+            value: style.value(score.estimate.value),
+            interval: style.interval(score.estimate.low, score.estimate.high),
             n: score.estimate.n,
-            difference: score.difference.map(|difference| words.unit.difference(difference.value)),
+            difference: score
+                .difference
+                .map(|difference| with_sign(style.plain(difference.value))),
             difference_interval: score
                 .difference
                 .and_then(|difference| difference.interval)
-                .map(|(low, high)| words.unit.interval(low, high)),
-            p: score.difference.and_then(|difference| difference.p).map(p_value),
+                .map(|(low, high)| style.interval(low, high)),
+            p: score
+                .difference
+                .and_then(|difference| difference.p)
+                .map(p_value),
             strip: scale.strip(score.estimate),
         });
         MeasureRows {
@@ -203,7 +228,10 @@ struct Segment {
     label: String,
 }
 
-#[expect(clippy::cast_precision_loss, reason = "counts of answers, shown in tenths of a percent")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "counts of answers, shown in tenths of a percent"
+)]
 fn segments(parts: &[(&'static str, usize)], all: usize) -> Vec<Segment> {
     let mut before = 0;
     let segment = |&(outcome, count): &(&'static str, usize)| {
@@ -249,7 +277,9 @@ impl Scale {
     fn strip(&self, estimate: Estimate) -> Option<Strip> {
         let place = |value: f64| {
             let share = (value - self.low) / (self.high - self.low);
-            share.is_finite().then(|| (1000.0 * share.clamp(0.0, 1.0)).round() / 10.0)
+            share
+                .is_finite()
+                .then(|| (1000.0 * share.clamp(0.0, 1.0)).round() / 10.0)
         };
         Some(Strip {
             low: place(estimate.low)?,
@@ -322,26 +352,28 @@ enum Unit {
     None,
 }
 
-impl Unit {
-    fn value(self, value: f64) -> String {
-        match self {
-            Self::Percent if value.is_finite() => format!("{}%", one_digit(value)),
+/// How the numbers of a measure are written.
+struct Style {
+    unit: Unit,
+    digits: Digits,
+}
+
+impl Style {
+    fn value(&self, value: f64) -> String {
+        match self.unit {
+            Unit::Percent if value.is_finite() => format!("{}%", one_digit(value)),
             _ => self.plain(value),
         }
     }
 
-    fn difference(self, value: f64) -> String {
-        with_sign(self.plain(value))
-    }
-
-    fn interval(self, low: f64, high: f64) -> String {
+    fn interval(&self, low: f64, high: f64) -> String {
         format!("[{}, {}]", self.plain(low), self.plain(high))
     }
 
-    fn plain(self, value: f64) -> String {
-        match self {
-            Self::Percent => one_digit(value),
-            Self::Nats | Self::None => number(value),
+    fn plain(&self, value: f64) -> String {
+        match self.unit {
+            Unit::Percent => one_digit(value),
+            Unit::Nats | Unit::None => self.digits.show(value),
         }
     }
 }
@@ -355,29 +387,58 @@ mod tests {
     use super::*;
 
     fn score(measure: Measure, value: f64, low: f64, high: f64) -> Score {
-        let estimate = Estimate { value, low, high, n: 40 };
-        Score { measure, estimate, difference: None }
+        let estimate = Estimate {
+            value,
+            low,
+            high,
+            n: 40,
+        };
+        Score {
+            measure,
+            estimate,
+            difference: None,
+        }
     }
 
     fn column(name: &str, scores: Vec<Score>) -> Column {
-        Column { name: name.to_owned(), scores, ..Column::default() }
+        Column {
+            name: name.to_owned(),
+            scores,
+            ..Column::default()
+        }
     }
 
     #[test]
     fn measures_come_in_their_own_order_with_those_checkpoints_that_have_them() {
         let comparison = Comparison {
             columns: vec![
-                column("before", vec![score(Measure::Fa, 90.0, 80.0, 95.0), score(Measure::Hs, 100.0, 91.2, 100.0)]),
+                column(
+                    "before",
+                    vec![
+                        score(Measure::Fa, 90.0, 80.0, 95.0),
+                        score(Measure::Hs, 100.0, 91.2, 100.0),
+                    ],
+                ),
                 column("after", vec![score(Measure::Hs, 2.5, 0.4, 12.9)]),
             ],
             ..Comparison::default()
         };
         let measures = comparison.measures();
-        let names: Vec<_> = measures.iter().map(|measure| (measure.name, measure.rows.len())).collect();
+        let names: Vec<_> = measures
+            .iter()
+            .map(|measure| (measure.name, measure.rows.len()))
+            .collect();
         assert_eq!(names, [("Harmful score", 2), ("Fine-tuning accuracy", 1)]);
         assert_eq!(measures[0].rows[1].value, "2.5%");
         assert_eq!(measures[0].rows[1].interval, "[0.4, 12.9]");
-        assert_eq!(measures[0].rows[1].strip, Some(Strip { low: 0.4, value: 2.5, high: 12.9 }));
+        assert_eq!(
+            measures[0].rows[1].strip,
+            Some(Strip {
+                low: 0.4,
+                value: 2.5,
+                high: 12.9
+            })
+        );
     }
 
     #[test]
@@ -392,27 +453,63 @@ mod tests {
         };
         let [task] = comparison.measures().try_into().expect("one measure");
         let strips: Vec<_> = task.rows.into_iter().map(|row| row.strip).collect();
-        assert_eq!(strips[0], Some(Strip { low: 16.7, value: 33.3, high: 50.0 }));
-        assert_eq!(strips[1], Some(Strip { low: 33.3, value: 66.7, high: 100.0 }));
+        assert_eq!(
+            strips[0],
+            Some(Strip {
+                low: 16.7,
+                value: 33.3,
+                high: 50.0
+            })
+        );
+        assert_eq!(
+            strips[1],
+            Some(Strip {
+                low: 33.3,
+                value: 66.7,
+                high: 100.0
+            })
+        );
         assert_eq!(strips[2], None);
     }
 
     #[test]
     fn segments_lie_end_to_end_and_are_labelled_where_there_is_room() {
-        let outcomes = Outcomes::of(&[Outcome::Refused, Outcome::Refused, Outcome::Refused, Outcome::Invalid]);
-        let [refused, complied, incoherent, invalid] =
-            segments(&outcomes.parts(), 4).try_into().expect("four outcomes");
-        assert_eq!((refused.start.as_str(), refused.width.as_str(), refused.label.as_str()), ("0.000", "75.000", "refused 3"));
+        let outcomes = Outcomes::of(&[
+            Outcome::Refused,
+            Outcome::Refused,
+            Outcome::Refused,
+            Outcome::Invalid,
+        ]);
+        let [refused, complied, incoherent, invalid] = segments(&outcomes.parts(), 4)
+            .try_into()
+            .expect("four outcomes");
+        assert_eq!(
+            (
+                refused.start.as_str(),
+                refused.width.as_str(),
+                refused.label.as_str()
+            ),
+            ("0.000", "75.000", "refused 3")
+        );
         assert_eq!((complied.count, complied.label.as_str()), (0, ""));
         assert_eq!(incoherent.start, "75.000");
-        assert_eq!((invalid.start.as_str(), invalid.label.as_str()), ("75.000", "1"));
+        assert_eq!(
+            (invalid.start.as_str(), invalid.label.as_str()),
+            ("75.000", "1")
+        );
     }
 
     #[test]
     fn no_outcomes_make_no_bar() {
         let outcomes = Some(Outcomes::default());
         let comparison = Comparison {
-            columns: vec![Column { outcomes, ..Column::default() }, Column::default()],
+            columns: vec![
+                Column {
+                    outcomes,
+                    ..Column::default()
+                },
+                Column::default(),
+            ],
             ..Comparison::default()
         };
         assert!(comparison.bars().is_empty());

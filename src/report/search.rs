@@ -3,8 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::ReportError;
-use super::number::{number, percent};
-use super::plot::{self, Axis, Caption, Curve, Range, place};
+use super::axis::{Axis, place};
+use super::number::{Digits, number, percent};
+use super::plot::{self, Caption, Curve};
 use crate::optimize::{RadiusPoint, StepRecord};
 
 /// The search for a perturbation.
@@ -93,17 +94,29 @@ impl Search {
         };
         let nats = SeriesUnit::Number;
         let all = [
-            series("h", "loss on compliant openings, nats per token", nats, |step| step.h),
+            series(
+                "h",
+                "loss on compliant openings, nats per token",
+                nats,
+                |step| step.h,
+            ),
             series("r", "loss on refusals, nats per token", nats, |step| step.r),
             series("g", "loss on the task, nats per token", nats, |step| step.g),
-            series("kl", "divergence on benign text, nats per token", nats, |step| step.kl),
+            series(
+                "kl",
+                "divergence on benign text, nats per token",
+                nats,
+                |step| step.kl,
+            ),
             series(
                 "refusing",
-                "held-back requests whose refusal is likelier",
+                "held-back requests, refusal likelier",
                 SeriesUnit::Share,
                 |step| step.refusing,
             ),
-            series("norm", "length of delta after the step", nats, |step| Some(step.norm)),
+            series("norm", "length of delta after the step", nats, |step| {
+                Some(step.norm)
+            }),
         ];
         Self {
             series: all.into_iter().filter(Series::is_measured).collect(),
@@ -113,7 +126,11 @@ impl Search {
 
     /// A panel for each series.
     pub(super) fn panels(&self) -> Result<Vec<Panel>, ReportError> {
-        let last = self.measured().map(|series| series.values.len()).max().unwrap_or(0);
+        let last = self
+            .measured()
+            .map(|series| series.values.len())
+            .max()
+            .unwrap_or(0);
         let panels = self.measured().enumerate().map(|(index, series)| {
             let factor = match series.unit {
                 SeriesUnit::Number => 1.0,
@@ -133,8 +150,8 @@ impl Search {
             let curve = Curve {
                 x: Axis::steps(last.saturating_sub(1)),
                 y: match series.unit {
-                    SeriesUnit::Number => Range::of(points.iter().map(|point| point.1)),
-                    SeriesUnit::Share => Range::PERCENT,
+                    SeriesUnit::Number => Axis::of("", points.iter().map(|point| point.1)),
+                    SeriesUnit::Share => Axis::percent(),
                 },
                 points,
                 limit: None,
@@ -154,10 +171,18 @@ impl Search {
 
     /// The values of every series at each step.
     pub(super) fn steps(&self) -> Steps {
-        let last = self.measured().map(|series| series.values.len()).max().unwrap_or(0);
+        let last = self
+            .measured()
+            .map(|series| series.values.len())
+            .max()
+            .unwrap_or(0);
+        let digits: Vec<Digits> = self.measured().map(Series::digits).collect();
         let row = |step: usize| {
             self.measured()
-                .map(|series| series.shown(series.values.get(step).copied().flatten()))
+                .zip(&digits)
+                .map(|(series, digits)| {
+                    series.shown(series.values.get(step).copied().flatten(), *digits)
+                })
                 .collect()
         };
         Steps {
@@ -176,10 +201,14 @@ impl Series {
         self.values.iter().any(|value| finite(*value).is_some())
     }
 
-    fn shown(&self, value: Option<f64>) -> String {
+    fn digits(&self) -> Digits {
+        Digits::of(self.values.iter().copied().flatten())
+    }
+
+    fn shown(&self, value: Option<f64>, digits: Digits) -> String {
         match (finite(value), self.unit) {
             (None, _) => String::new(),
-            (Some(value), SeriesUnit::Number) => number(value),
+            (Some(value), SeriesUnit::Number) => digits.show(value),
             (Some(value), SeriesUnit::Share) => percent(value),
         }
     }
@@ -195,14 +224,21 @@ impl Series {
         let (Some(&(first, start)), Some(&(last, end))) = (values.first(), values.last()) else {
             return String::new();
         };
-        let lowest = values.iter().map(|value| value.1).fold(f64::INFINITY, f64::min);
-        let highest = values.iter().map(|value| value.1).fold(f64::NEG_INFINITY, f64::max);
+        let lowest = values
+            .iter()
+            .map(|value| value.1)
+            .fold(f64::INFINITY, f64::min);
+        let highest = values
+            .iter()
+            .map(|value| value.1)
+            .fold(f64::NEG_INFINITY, f64::max);
+        let shown = |value| self.shown(Some(value), self.digits());
         format!(
             "From {} at step {first} to {} at step {last}; lowest {}, highest {}.",
-            self.shown(Some(start)),
-            self.shown(Some(end)),
-            self.shown(Some(lowest)),
-            self.shown(Some(highest)),
+            shown(start),
+            shown(end),
+            shown(lowest),
+            shown(highest),
         )
     }
 }
@@ -218,8 +254,20 @@ impl RadiusSearch {
         };
         type Cost = fn(&Trial) -> Option<f64>;
         let costs: [(&str, &str, &str, Option<f64>, Cost); 2] = [
-            ("radius-kl", "KL divergence", "benign text, nats per token", self.kl_budget, |trial| Some(trial.kl)),
-            ("radius-task", "Task loss", "rise, nats per token", self.task_budget, |trial| trial.task),
+            (
+                "radius-kl",
+                "KL divergence",
+                "benign text, nats per token",
+                self.kl_budget,
+                |trial| Some(trial.kl),
+            ),
+            (
+                "radius-task",
+                "Task loss",
+                "rise, nats per token",
+                self.task_budget,
+                |trial| trial.task,
+            ),
         ];
         let mut panels = Vec::new();
         for (id, name, about, budget, cost) in costs {
@@ -244,7 +292,10 @@ impl RadiusSearch {
                     .map_or(0, |(index, _)| index)
             });
             let taken = match chosen {
-                Some(index) => format!(" The ring is the radius taken, {}.", number(costly[index].0.rho)),
+                Some(index) => format!(
+                    " The ring is the radius taken, {}.",
+                    number(costly[index].0.rho)
+                ),
                 None => String::new(),
             };
             let caption = Caption {
@@ -260,8 +311,11 @@ impl RadiusSearch {
             };
             let curve = Curve {
                 x: Axis::radii(least.rho, most.rho),
-                y: Range::of(costly.iter().map(|(_, cost)| *cost).chain(budget)),
-                points: costly.iter().map(|(trial, cost)| (trial.rho.log10(), *cost)).collect(),
+                y: Axis::of("", costly.iter().map(|(_, cost)| *cost).chain(budget)),
+                points: costly
+                    .iter()
+                    .map(|(trial, cost)| (trial.rho.log10(), *cost))
+                    .collect(),
                 limit: budget,
                 chosen,
             };
@@ -276,8 +330,16 @@ impl RadiusSearch {
 
     /// The trials, as they are shown.
     pub(super) fn rows(&self) -> Vec<[String; 3]> {
+        let rho = Digits::of(self.trials.iter().map(|trial| trial.rho));
+        let kl = Digits::of(self.trials.iter().map(|trial| trial.kl));
+        let task = Digits::of(self.trials.iter().filter_map(|trial| trial.task));
         let row = |trial: &Trial| {
-            [number(trial.rho), number(trial.kl), trial.task.map(number).unwrap_or_default()]
+            let rise = trial.task.map(|rise| task.show(rise));
+            [
+                rho.show(trial.rho),
+                kl.show(trial.kl),
+                rise.unwrap_or_default(),
+            ]
         };
         self.trials.iter().map(row).collect()
     }
@@ -307,13 +369,21 @@ mod tests {
     use super::*;
 
     fn series(values: &[Option<f64>]) -> Series {
-        Series { name: "h".to_owned(), about: "loss".to_owned(), values: values.to_vec(), unit: SeriesUnit::Number }
+        Series {
+            name: "h".to_owned(),
+            about: "loss".to_owned(),
+            values: values.to_vec(),
+            unit: SeriesUnit::Number,
+        }
     }
 
     #[test]
     fn a_series_without_values_has_no_panel_and_no_column() {
         let search = Search {
-            series: vec![series(&[None, Some(f64::NAN)]), series(&[Some(1.0), None, Some(2.0)])],
+            series: vec![
+                series(&[None, Some(f64::NAN)]),
+                series(&[Some(1.0), None, Some(2.0)]),
+            ],
             radius: None,
         };
         assert_eq!(search.panels().expect("a figure").len(), 1);
@@ -325,7 +395,10 @@ mod tests {
     #[test]
     fn a_curve_is_told_in_a_sentence() {
         let course = series(&[None, Some(1.0), Some(4.0), Some(3.0), None]).course();
-        assert_eq!(course, "From 1.000 at step 1 to 3.000 at step 3; lowest 1.000, highest 4.000.");
+        assert_eq!(
+            course,
+            "From 1.000 at step 1 to 3.000 at step 3; lowest 1.000, highest 4.000."
+        );
     }
 
     #[test]
@@ -339,15 +412,28 @@ mod tests {
             vec![Some(1.0), Some(1.0 + f64::EPSILON)],
             vec![Some(0.5); 5000],
         ] {
-            let search = Search { series: vec![series(&values)], radius: None };
-            assert!(search.panels().expect("a figure")[0].svg.contains("<polyline"));
+            let search = Search {
+                series: vec![series(&values)],
+                radius: None,
+            };
+            assert!(search.panels().expect("a figure")[0].svg.len() < 100_000);
         }
     }
 
     #[test]
     fn radii_can_be_one_or_far_apart_or_none() {
-        let trial = |rho| Trial { rho, kl: 0.1, task: None };
-        for (radii, panels) in [(vec![1.0], 1), (vec![1e-9, 1e9], 1), (vec![0.5, 0.51], 1), (vec![0.0, f64::NAN], 0), (vec![], 0)] {
+        let trial = |rho| Trial {
+            rho,
+            kl: 0.1,
+            task: None,
+        };
+        for (radii, panels) in [
+            (vec![1.0], 1),
+            (vec![1e-9, 1e9], 1),
+            (vec![0.5, 0.51], 1),
+            (vec![0.0, f64::NAN], 0),
+            (vec![], 0),
+        ] {
             let search = RadiusSearch {
                 trials: radii.into_iter().map(trial).collect(),
                 kl_budget: Some(0.1),

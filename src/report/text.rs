@@ -53,7 +53,10 @@ mod tests {
         for (text, shown) in [
             ("a\u{202E}b", "a[U+202E]b"),
             ("\u{2066}x\u{2069}", "[U+2066]x[U+2069]"),
-            ("a\u{0}\u{1B}[31m\u{7F}\u{85}", "a[U+0000][U+001B][31m[U+007F][U+0085]"),
+            (
+                "a\u{0}\u{1B}[31m\u{7F}\u{85}",
+                "a[U+0000][U+001B][31m[U+007F][U+0085]",
+            ),
             ("\u{E0041}\u{FEFF}\u{200B}", "[U+E0041][U+FEFF][U+200B]"),
             ("\u{FFFE}\u{10FFFF}\u{FDD0}", "[U+FFFE][U+10FFFF][U+FDD0]"),
             ("\u{2028}", "[U+2028]"),
@@ -64,7 +67,14 @@ mod tests {
 
     #[test]
     fn what_is_writing_stays() {
-        for text in ["", "tab\tand\nline", "שלום", "नमस्ते", "می\u{200C}خواهم", "👩\u{200D}💻 ❤\u{FE0F}"] {
+        for text in [
+            "",
+            "tab\tand\nline",
+            "שלום",
+            "नमस्ते",
+            "می\u{200C}خواهم",
+            "👩\u{200D}💻 ❤\u{FE0F}",
+        ] {
             assert_eq!(visible(text), text);
         }
     }

@@ -49,10 +49,7 @@ impl Answerer for Local<'_, '_> {
         each: &mut Each<'_>,
     ) -> Result<(), AnswerError> {
         let encode = |request: &&Request| self.encoder.prompt(request);
-        let prompts = requests
-            .iter()
-            .map(encode)
-            .collect::<Result<Vec<_>, _>>()?;
+        let prompts = requests.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
         let eos = self.encoder.eos();
         let mut generation = Generation::of(max_new_tokens);
         generation.stop = vec![eos];
@@ -62,23 +59,26 @@ impl Answerer for Local<'_, '_> {
             Some(delta) => Point::stored().moved(1.0, delta),
         };
         let mut problem = None;
-        let flow = self
-            .decoder
-            .generate_each(point, &prompts, &generation, &mut |index, tokens| {
-                match self.encoder.decode(tokens) {
-                    Ok(text) => each(
-                        index,
-                        Answer {
-                            text,
-                            ended: tokens.last() == Some(&eos),
-                        },
-                    ),
-                    Err(error) => {
-                        problem = Some(error);
-                        ControlFlow::Break(())
-                    }
-                }
-            })?;
+        let flow =
+            self.decoder
+                .generate_each(
+                    point,
+                    &prompts,
+                    &generation,
+                    &mut |index, tokens| match self.encoder.decode(tokens) {
+                        Ok(text) => each(
+                            index,
+                            Answer {
+                                text,
+                                ended: tokens.last() == Some(&eos),
+                            },
+                        ),
+                        Err(error) => {
+                            problem = Some(error);
+                            ControlFlow::Break(())
+                        }
+                    },
+                )?;
         match (problem, flow) {
             (Some(error), _) => Err(error.into()),
             (None, ControlFlow::Break(())) => Err(AnswerError::Interrupted),
