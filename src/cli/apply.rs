@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::args::{ApplyArgs, RoundingName};
 use super::error::Failure;
-use super::evaluation::{PatchEvaluation, PatchFindings};
+use super::evaluation::{PatchEvaluation, PatchFindings, add_written};
 use super::interrupt;
 use super::model::{Model, Use};
 use super::output::{Origin, Output, byproduct};
@@ -92,7 +92,8 @@ pub(super) fn from_file(
     let origin = |written: &Path| {
         let mut byproducts = vec![byproduct("perturbation", record_json(&perturbation))];
         if let Some(evaluation) = &mut evaluation {
-            let (sets, found) = evaluation.run(model, (written, &target), None, reporter)?;
+            let (sets, found) =
+                evaluation.run(model, (written, &target), None, |_| (), reporter)?;
             dependencies.extend(sets);
             byproducts.push(found);
         }
@@ -125,6 +126,13 @@ pub(super) fn from_file(
     written.describe(&mut table);
     let found = evaluation.as_ref().and_then(PatchEvaluation::found);
     if let Some(evaluation) = &evaluation {
+        evaluation.report(|page| {
+            add_written(
+                page,
+                &model.checkpoint.path().display().to_string(),
+                &written,
+            );
+        })?;
         evaluation.describe(&mut table);
     }
     let report = Report {

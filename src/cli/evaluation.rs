@@ -3,6 +3,7 @@
 //! In: flags, and models. Out: an [`Evaluation`], with every set, judge and gate read and understood before any work is done; from it the
 //! scores of models, and what is told of them: tables, gates, JSON, JUnit XML, a Markdown summary, the report.
 
+mod page;
 mod patched;
 
 use std::fs::OpenOptions;
@@ -25,6 +26,7 @@ use panacea_patch::eval::suite::{Computed, Scored, Subject, Suite, TaskItems};
 use panacea_patch::eval::summary::summary;
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{Config, Decoder, TargetSelection, TargetTensors};
+use panacea_patch::report::Page;
 use serde_json::{Value, json};
 
 use super::args::{JudgingArgs, TellingArgs};
@@ -35,6 +37,7 @@ use super::model::Model;
 use super::report::{EvalWatch, Reporter, Table};
 use super::settings::name_without_folders;
 
+pub(super) use page::{add_search, add_written};
 pub(super) use patched::{Control, PatchEvaluation, PatchFindings};
 
 /// Where the sets of an evaluation are; built-in ones in the places of those that are not given.
@@ -432,9 +435,25 @@ impl Evaluation {
         Ok(())
     }
 
-    /// Where a report is wanted.
-    pub(super) fn report(&self) -> Option<&Path> {
-        self.telling.report.as_deref()
+    /// Writes the report, if one is asked for. `add` puts in it what else there is to tell.
+    ///
+    /// # Errors
+    /// When it cannot be laid out or written.
+    pub(super) fn report(
+        &self,
+        findings: &Findings,
+        control: Option<&Scored>,
+        add: impl FnOnce(&mut Page),
+    ) -> Result<(), Failure> {
+        let Some(path) = &self.telling.report else {
+            return Ok(());
+        };
+        let mut page = self.page(findings, control);
+        add(&mut page);
+        let html = page.html().map_err(|error| {
+            Failure::doing(Exit::Environment, "the report cannot be made", &error)
+        })?;
+        self.write(path, &html)
     }
 }
 

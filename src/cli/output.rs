@@ -374,6 +374,12 @@ impl Origin {
 }
 
 impl Written {
+    /// The manifest among its files.
+    pub(super) fn manifest(&self) -> Option<&WrittenFile> {
+        let mut files = self.files.iter();
+        files.find(|file| file.name.ends_with("manifest.json"))
+    }
+
     /// The files in a report.
     pub(super) fn files_json(&self) -> Vec<Value> {
         files_json(&self.files)
@@ -424,11 +430,7 @@ impl Written {
         }
         let total = self.files.iter().map(|file| file.bytes).sum();
         table.row("files", format!("{}, {}", self.files.len(), bytes(total)));
-        if let Some(manifest) = self
-            .files
-            .iter()
-            .find(|file| file.name.ends_with("manifest.json"))
-        {
+        if let Some(manifest) = self.manifest() {
             table.row(
                 "manifest",
                 format!("{}, sha256 {}", shown(&manifest.name), manifest.sha256),

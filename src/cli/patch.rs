@@ -9,7 +9,7 @@ use serde_json::json;
 use super::apply;
 use super::args::PatchArgs;
 use super::error::Failure;
-use super::evaluation::{Control, PatchEvaluation, PatchFindings};
+use super::evaluation::{Control, PatchEvaluation, PatchFindings, add_search, add_written};
 use super::find::{self, Found};
 use super::interrupt;
 use super::model::{Model, Use};
@@ -102,7 +102,10 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
                 seed: found.record.seed,
             };
             let places = (written, target.as_path());
-            let (sets, scores) = evaluation.run(&model, places, Some(control), reporter)?;
+            let (sets, scores) = {
+                let add = |page: &mut _| add_search(page, &found);
+                evaluation.run(&model, places, Some(control), add, reporter)?
+            };
             dependencies.extend(sets);
             byproducts.push(scores);
         }
@@ -123,6 +126,14 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     describe(&found, &mut table);
     written.describe(&mut table);
     if let Some(evaluation) = &evaluation {
+        evaluation.report(|page| {
+            add_search(page, &found);
+            add_written(
+                page,
+                &model.checkpoint.path().display().to_string(),
+                &written,
+            );
+        })?;
         evaluation.describe(&mut table);
     }
     let evaluated = evaluation.as_ref().and_then(PatchEvaluation::found);

@@ -9,6 +9,7 @@ use panacea_patch::eval::suite::Scored;
 use panacea_patch::manifest::{Byproduct, Dependency};
 use panacea_patch::model::{TargetSelection, TargetTensors};
 use panacea_patch::optimize::gaussian;
+use panacea_patch::report::Page;
 use serde_json::{Value, json};
 
 use super::{Answering, EvalFlags, EvalPaths, Evaluation, Findings};
@@ -108,7 +109,8 @@ impl PatchEvaluation {
         }))
     }
 
-    /// Scores `model` and its patched copy at `written`, which will be called `target`, and says what records keep of it.
+    /// Scores `model` and its patched copy at `written`, which will be called `target`, and says what records keep of it. Where the copy is to be
+    /// dropped, the report is written here, with what `add` puts in it.
     ///
     /// # Errors
     /// When a gate is not met and nothing is to be kept then, or the evaluation fails.
@@ -117,6 +119,7 @@ impl PatchEvaluation {
         model: &Model,
         (written, target): (&Path, &Path),
         control: Option<Control<'_>>,
+        add: impl FnOnce(&mut Page),
         reporter: &Reporter,
     ) -> Result<(Vec<Dependency>, Byproduct), Failure> {
         let evaluation = &mut self.evaluation;
@@ -161,11 +164,25 @@ impl PatchEvaluation {
             let mut table = Table::new();
             self.describe(&mut table);
             reporter.partial(&table);
+            self.report(add)?;
             return Err(
                 failure.hint("nothing was written; pass --keep-failed to write it all the same")
             );
         }
         Ok((self.evaluation.sources().to_vec(), kept))
+    }
+
+    /// Writes the report, if one is asked for and there is something to tell. `add` puts in it what else there is.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(in crate::cli) fn report(&self, add: impl FnOnce(&mut Page)) -> Result<(), Failure> {
+        match &self.found {
+            None => Ok(()),
+            Some(found) => self
+                .evaluation
+                .report(&found.findings, found.control.as_ref(), add),
+        }
     }
 
     /// What was found, once it was.
