@@ -34,7 +34,7 @@ pub use affinity::TensorEnergy;
 pub use front::{Front, FrontPoint};
 pub use opening::Opening;
 pub use score::{Column, Comparison, Difference, Outcomes, Score};
-pub use search::{RadiusSearch, Search, Series, Trial};
+pub use search::{RadiusSearch, Search, Series, SeriesUnit, Trial};
 
 /// All that a report tells, each part of it optional.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]

@@ -123,18 +123,20 @@ pub(super) fn scatter(
             .map(|spot| chart.backend_coord(&(spot.x, spot.y)))
             .collect();
         let labels = label_places(&places, SCATTER_HEIGHT - FOOT - 100);
-        for (spot, (x, y)) in spots.iter().zip(labels) {
+        for (spot, place) in spots.iter().zip(labels) {
             let style = text(110, Paint::Ink, HPos::Center, VPos::Center);
-            area.draw(&Text::new(spot.label.clone(), (x, y), style))?;
+            if let Some(place) = place {
+                area.draw(&Text::new(spot.label.clone(), place, style))?;
+            }
         }
         Ok(())
     })
 }
 
-/// Where the label of each of `places` goes: to that of four corners which is farthest from the other points and the labels so far. Below `bottom`
-/// is the axis.
-fn label_places(places: &[(i32, i32)], bottom: i32) -> Vec<(i32, i32)> {
-    let mut labels: Vec<(i32, i32)> = Vec::with_capacity(places.len());
+/// Where the label of each of `places` goes: to that of four corners which is farthest from the other points and the labels so far; nowhere, where
+/// it would cover one. Below `bottom` is the axis.
+fn label_places(places: &[(i32, i32)], bottom: i32) -> Vec<Option<(i32, i32)>> {
+    let mut labels: Vec<Option<(i32, i32)>> = Vec::with_capacity(places.len());
     for (index, &(x, y)) in places.iter().enumerate() {
         let corners = [
             (x + 105, y - 75),
@@ -148,7 +150,7 @@ fn label_places(places: &[(i32, i32)], bottom: i32) -> Vec<(i32, i32)> {
                 .enumerate()
                 .filter(|(other, _)| *other != index)
                 .map(|(_, place)| place);
-            let distances = others.chain(&labels).map(|place| {
+            let distances = others.chain(labels.iter().flatten()).map(|place| {
                 let (right, down) = (i64::from(place.0 - corner.0), i64::from(place.1 - corner.1));
                 right * right + down * down
             });
@@ -161,12 +163,12 @@ fn label_places(places: &[(i32, i32)], bottom: i32) -> Vec<(i32, i32)> {
         };
         // The first of those with equal room.
         let best = corners.into_iter().rev().max_by_key(|corner| room(*corner));
-        labels.push(best.unwrap_or((x, y)));
+        labels.push(best.filter(|corner| room(*corner) >= COVERED * COVERED));
     }
     labels
 }
 
-/// Draws a map of shares, a row for each of `rows`: the darker, the nearer to the largest. `shares` go row by row; nothing where there is none.
+/// Draws a map of shares, a row for each of `rows`: the stronger, the nearer to the largest. `shares` go row by row; nothing where there is none.
 pub(super) fn map(
     caption: &Caption,
     rows: &[String],
@@ -181,9 +183,9 @@ pub(super) fn map(
         .fold(0.0, f64::max);
     let lines = Lines::of(rows.len());
     let width = (WIDTH - LEFT) / count(columns.len().max(1));
-    // "12.3" in its type takes about 230 units, and a column's name about 55 for each character.
+    // "12.3" in its type takes about 230 units, and a column's name about 75 for each character.
     let numbers = lines.labelled() && width >= 260;
-    let letters = usize::try_from(width / 55).unwrap_or(0);
+    let letters = usize::try_from(width / 75).unwrap_or(0);
     draw(caption, lines.height(), |area| {
         lines.names(area, rows)?;
         for (column, name) in columns.iter().enumerate() {
@@ -296,7 +298,7 @@ type Chart<'a, 's> = ChartContext<'a, SVGBackend<'s>, Cartesian2d<Axis, Axis>>;
 fn axes<'a, 's>(area: &'a Area<'s>, x: &Axis, y: &Axis) -> Result<Chart<'a, 's>, PlotError> {
     let head = if y.name().is_empty() { 60 } else { HEAD };
     let name = Text::new(
-        shortened(y.name(), 50),
+        shortened(y.name(), 45),
         (0, 30),
         text(110, Paint::Muted, HPos::Left, VPos::Top),
     );
@@ -320,7 +322,7 @@ fn axes<'a, 's>(area: &'a Area<'s>, x: &Axis, y: &Axis) -> Result<Chart<'a, 's>,
         .axis_desc_style(text(110, Paint::Muted, HPos::Center, VPos::Center))
         .x_label_formatter(&|place| x.label(*place))
         .y_label_formatter(&|place| y.label(*place))
-        .x_desc(shortened(x.name(), 50))
+        .x_desc(shortened(x.name(), 40))
         .draw()?;
     Ok(chart)
 }
@@ -482,8 +484,108 @@ const CURVE_HEIGHT: i32 = 1900;
 
 const SCATTER_HEIGHT: i32 = 2800;
 
-/// A label that has so much has enough.
+/// From a label's middle to that of another, or of a point: so near, they cover each other; so far, they are far enough.
+const COVERED: i64 = 120;
 const ROOM: i64 = 260;
 
 /// Points that can be told from one another.
 const MARKS: usize = 60;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn caption() -> Caption {
+        Caption {
+            id: "a".to_owned(),
+            title: "<title> & more".to_owned(),
+            description: "about\u{202E}".to_owned(),
+        }
+    }
+
+    fn spot(x: f64, y: f64) -> Spot {
+        Spot {
+            x,
+            y,
+            label: "<1>".to_owned(),
+            standing: Standing::OnFront,
+            chosen: true,
+        }
+    }
+
+    #[test]
+    fn the_style_sheet_has_all_colours() {
+        let names = ["a".to_owned(), "b".to_owned()];
+        let curve_of = Curve {
+            x: Axis::steps(2),
+            y: Axis::of("", [1.0, 2.0]),
+            points: vec![(0.0, 1.0), (2.0, 2.0)],
+            limit: Some(1.5),
+            chosen: Some(0),
+        };
+        for svg in [
+            curve(&caption(), &curve_of),
+            scatter(&caption(), "x", "y", &[spot(1.0, 1.0), spot(2.0, 0.5)]),
+            map(
+                &caption(),
+                &names,
+                &names,
+                &[vec![Some(0.5), None], vec![Some(0.0), Some(0.5)]],
+            ),
+            bars(&caption(), &names, &[0.5, 0.5]),
+        ] {
+            let svg = svg.expect("a figure");
+            assert!(!svg.contains('#'), "{svg}");
+            assert!(svg.contains("class=\"fill-muted\""));
+            for class in svg
+                .split("class=\"")
+                .skip(2)
+                .filter_map(|rest| rest.split('"').next())
+            {
+                assert!(
+                    include_str!("page.html").contains(&format!(".{class} {{")),
+                    "{class}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn names_and_labels_are_harmless() {
+        let svg = scatter(&caption(), "<x>", "\"y\"&", &[spot(1.0, 1.0)]).expect("a figure");
+        for text in [
+            "&lt;title&gt; &amp; more",
+            "about[U+202E]",
+            "&lt;1&gt;",
+            "&lt;x&gt;",
+            "&quot;y&quot;&amp;",
+        ] {
+            assert!(svg.contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_no_axis_shows_is_not_drawn() {
+        let svg = scatter(&caption(), "", "", &[spot(1e200, 1.0), spot(f64::NAN, 1.0)])
+            .expect("a figure");
+        assert!(!svg.contains("<circle"));
+    }
+
+    #[test]
+    fn labels_keep_away_from_points_and_one_another() {
+        assert_eq!(label_places(&[(1000, 1000)], 2000), [Some((1105, 925))]);
+        // A neighbour on the right, above: the label goes to the left. At the bottom it goes up.
+        let labels = label_places(&[(1000, 1000), (1120, 920)], 1050);
+        assert_eq!(labels[0], Some((895, 925)));
+        assert!(labels[1].is_some_and(|(_, y)| y < 920));
+        // No room for a third in one place.
+        assert_eq!(label_places(&[(1000, 1000); 9], 2000)[8], None);
+    }
+
+    #[test]
+    fn long_names_are_shortened() {
+        assert_eq!(shortened("gate_up", 7), "gate_up");
+        assert_eq!(shortened("gate_upper", 7), "gate_u…");
+        assert_eq!(shortened("gate", 0), "…");
+    }
+}

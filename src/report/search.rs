@@ -27,7 +27,7 @@ pub struct Series {
     /// What it is, with its unit.
     #[serde(default)]
     pub about: String,
-    /// Its values; nothing where a step did not measure it. A share from 0 to 1 is told by `unit`.
+    /// Its values; nothing where a step did not measure it.
     pub values: Vec<Option<f64>>,
     /// How values are shown.
     #[serde(default)]
