@@ -53,4 +53,5 @@ pub mod eval;
 pub mod manifest;
 pub mod model;
 pub mod optimize;
+pub mod report;
 pub mod resume;

@@ -110,7 +110,7 @@ impl Base {
             }
         }
         let start = decoder.target_values()?;
-        let mut watch = Watch::default();
+        let mut watch = Watch;
         let (values, steps) = fine_tune(&mut decoder, start, &encoded, settings, &mut watch)?;
         let targets = decoder.targets().iter().zip(values.iter());
         let tensors: Vec<_> = targets
@@ -183,7 +183,6 @@ fn write_adapter(path: &Path, tensors: &Tensors) -> Result<(), Failure> {
 }
 
 /// Prints every tenth step.
-#[derive(Default)]
 struct Watch;
 
 impl Observer for Watch {

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::args::{ApplyArgs, RoundingName};
 use super::error::Failure;
+use super::evaluation::{PatchEvaluation, PatchFindings, add_written};
 use super::interrupt;
 use super::model::{Model, Use};
 use super::output::{Origin, Output, byproduct};
@@ -40,27 +41,37 @@ pub(super) fn run(args: &ApplyArgs, reporter: &Reporter) -> Result<(), Failure> 
         (&args.writing, &args.addition, &args.gguf),
         &[&args.perturbation],
     )?;
-    from_file(
-        "apply",
-        &model,
-        &args.perturbation,
+    let loading = Loading {
+        command: "apply",
+        file: &args.perturbation,
         settings,
-        output,
-        args.writing.dry_run,
-        reporter,
-    )
+        dry_run: args.writing.dry_run,
+    };
+    from_file(loading, &model, output, None, reporter)
+}
+
+/// A perturbation that is loaded rather than looked for.
+pub(super) struct Loading<'a> {
+    pub(super) command: &'static str,
+    pub(super) file: &'a Path,
+    pub(super) settings: ApplySettings,
+    pub(super) dry_run: bool,
 }
 
 /// Adds the perturbation in `file`, for `apply` and for the whole job with `--perturbation`.
 pub(super) fn from_file(
-    command: &'static str,
+    loading: Loading<'_>,
     model: &Model,
-    file: &Path,
-    settings: ApplySettings,
     output: Output,
-    dry_run: bool,
+    mut evaluation: Option<PatchEvaluation>,
     reporter: &Reporter,
 ) -> Result<(), Failure> {
+    let Loading {
+        command,
+        file,
+        settings,
+        dry_run,
+    } = loading;
     let perturbation = Perturbation::open(file)?;
     reporter.stage(format!(
         "read {}: {} tensors by method {}",
@@ -77,18 +88,26 @@ pub(super) fn from_file(
     // A dense perturbation is hashed for as long as half of the writing takes, so both at once.
     let digest = OnceLock::new();
     let mut dependencies = model.inputs_not_copied()?;
-    let origin = || {
+    let target = output.target().to_owned();
+    let origin = |written: &Path| {
+        let mut byproducts = vec![byproduct("perturbation", record_json(&perturbation))];
+        if let Some(evaluation) = &mut evaluation {
+            let (sets, found) =
+                evaluation.run(model, (written, &target), None, |_| (), reporter)?;
+            dependencies.extend(sets);
+            byproducts.push(found);
+        }
         dependencies.push(Dependency {
             role: Role::Perturbation,
             name: name.clone().into_owned(),
             uri: None,
             digest: *digest.wait(),
         });
-        Origin {
+        Ok(Origin {
             parameters: settings::addition_parameters(settings, model),
             dependencies,
-            byproducts: vec![byproduct("perturbation", record_json(&perturbation))],
-        }
+            byproducts,
+        })
     };
     let written = rayon::in_place_scope(|scope| {
         scope.spawn(|_| {
@@ -105,14 +124,27 @@ pub(super) fn from_file(
         format!("{}, sha256 {digest}", file.display()),
     );
     written.describe(&mut table);
+    let found = evaluation.as_ref().and_then(PatchEvaluation::found);
+    if let Some(evaluation) = &evaluation {
+        evaluation.report(|page| {
+            add_written(
+                page,
+                &model.checkpoint.path().display().to_string(),
+                &written,
+            );
+        })?;
+        evaluation.describe(&mut table);
+    }
     let report = Report {
+        evaluation: found.map(PatchFindings::to_json),
         output: Some(written.target.display().to_string()),
         perturbation: Some(described(&perturbation, &name, digest)),
         realized: Some(json!(written.realized)),
         files: Some(written.files_json()),
         ..Report::of(command)
     };
-    reporter.result(report, &table)
+    reporter.result(report, &table)?;
+    evaluation.map_or(Ok(()), |evaluation| evaluation.require_met())
 }
 
 /// What a manifest tells of the perturbation that was applied: how it was made.

@@ -51,6 +51,7 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
         None => of_model(args, &mut evaluation, reporter)?,
     };
     evaluation.tell(&findings)?;
+    evaluation.report(&findings, None, |_| ())?;
     if let Some(path) = &args.output {
         let results = json!({
             "format": RESULTS,

@@ -3,6 +3,9 @@
 //! In: flags, and models. Out: an [`Evaluation`], with every set, judge and gate read and understood before any work is done; from it the
 //! scores of models, and what is told of them: tables, gates, JSON, JUnit XML, a Markdown summary, the report.
 
+mod page;
+mod patched;
+
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -22,7 +25,8 @@ use panacea_patch::eval::scores::{Comparison, Scores};
 use panacea_patch::eval::suite::{Computed, Scored, Subject, Suite, TaskItems};
 use panacea_patch::eval::summary::summary;
 use panacea_patch::manifest::{Dependency, Role};
-use panacea_patch::model::Config;
+use panacea_patch::model::{Config, Decoder, TargetSelection, TargetTensors};
+use panacea_patch::report::Page;
 use serde_json::{Value, json};
 
 use super::args::{JudgingArgs, TellingArgs};
@@ -32,6 +36,9 @@ use super::interrupt;
 use super::model::Model;
 use super::report::{EvalWatch, Reporter, Table};
 use super::settings::name_without_folders;
+
+pub(super) use page::{add_search, add_written};
+pub(super) use patched::{Control, PatchEvaluation, PatchFindings};
 
 /// Where the sets of an evaluation are; built-in ones in the places of those that are not given.
 #[derive(Clone, Debug, Default)]
@@ -82,6 +89,41 @@ pub(super) struct Loaded<'m> {
     config: Config,
     encoder: Encoder,
     identity: String,
+    /// What is added to the targets that are selected.
+    moved: Option<(Option<TargetSelection>, &'m TargetTensors)>,
+}
+
+impl<'m> Loaded<'m> {
+    /// The same with `delta` added to the targets of `selection`, in f32.
+    pub(super) fn moved(
+        self,
+        selection: Option<TargetSelection>,
+        delta: &'m TargetTensors,
+        note: &str,
+    ) -> Self {
+        Self {
+            identity: format!("{} {note}", self.identity),
+            moved: Some((selection, delta)),
+            ..self
+        }
+    }
+
+    fn decoder(&self) -> Result<Decoder<'m>, Failure> {
+        let selection = self
+            .moved
+            .as_ref()
+            .and_then(|(selection, _)| selection.as_ref());
+        self.model.decoder(self.config.clone(), selection)
+    }
+
+    fn computed<'s>(&'s self, decoder: &'s mut Decoder<'m>) -> Computed<'s, 'm> {
+        Computed {
+            decoder,
+            encoder: &self.encoder,
+            delta: self.moved.as_ref().map(|(_, delta)| *delta),
+            identity: self.identity.clone(),
+        }
+    }
 }
 
 /// The scores of one model, and of another where there is one, with what is demanded of them.
@@ -266,6 +308,7 @@ impl Evaluation {
             config,
             encoder,
             identity,
+            moved: None,
         })
     }
 
@@ -279,13 +322,9 @@ impl Evaluation {
         loaded: &Loaded<'_>,
         reporter: &Reporter,
     ) -> Result<Scored, Failure> {
-        let mut decoder = loaded.model.decoder(loaded.config.clone(), None)?;
-        let computed = Computed {
-            decoder: &mut decoder,
-            encoder: &loaded.encoder,
-            identity: loaded.identity.clone(),
-        };
-        self.ask(name, Subject::Decoder(computed), reporter)
+        let mut decoder = loaded.decoder()?;
+        let subject = Subject::Decoder(loaded.computed(&mut decoder));
+        self.ask(name, subject, reporter)
     }
 
     /// Scores who answers.
@@ -320,26 +359,11 @@ impl Evaluation {
         from: &Loaded<'_>,
         reporter: &Reporter,
     ) -> Result<(), Failure> {
-        let mut decoders = [
-            of.model.decoder(of.config.clone(), None)?,
-            from.model.decoder(from.config.clone(), None)?,
-        ];
-        let [of_decoder, from_decoder] = &mut decoders;
-        let computed = |decoder, loaded: &Loaded<'_>| (decoder, loaded.identity.clone());
-        let ((of_decoder, of_identity), (from_decoder, from_identity)) =
-            (computed(of_decoder, of), computed(from_decoder, from));
+        let (mut of_decoder, mut from_decoder) = (of.decoder()?, from.decoder()?);
         let mut watch = EvalWatch::new(reporter);
         let figure = self.suite.divergence(
-            &mut Computed {
-                decoder: of_decoder,
-                encoder: &of.encoder,
-                identity: of_identity,
-            },
-            &mut Computed {
-                decoder: from_decoder,
-                encoder: &from.encoder,
-                identity: from_identity,
-            },
+            &mut of.computed(&mut of_decoder),
+            &mut from.computed(&mut from_decoder),
             &mut self.journal,
             &mut watch,
         );
@@ -411,9 +435,25 @@ impl Evaluation {
         Ok(())
     }
 
-    /// Where a report is wanted.
-    pub(super) fn report(&self) -> Option<&Path> {
-        self.telling.report.as_deref()
+    /// Writes the report, if one is asked for. `add` puts in it what else there is to tell.
+    ///
+    /// # Errors
+    /// When it cannot be laid out or written.
+    pub(super) fn report(
+        &self,
+        findings: &Findings,
+        control: Option<&Scored>,
+        add: impl FnOnce(&mut Page),
+    ) -> Result<(), Failure> {
+        let Some(path) = &self.telling.report else {
+            return Ok(());
+        };
+        let mut page = self.page(findings, control);
+        add(&mut page);
+        let html = page.html().map_err(|error| {
+            Failure::doing(Exit::Environment, "the report cannot be made", &error)
+        })?;
+        self.write(path, &html)
     }
 }
 
@@ -425,11 +465,6 @@ pub(super) struct EvalFlags {
 }
 
 impl Findings {
-    /// Whether every gate is met.
-    pub(super) fn is_met(&self) -> bool {
-        self.verdicts.iter().all(Verdict::is_met)
-    }
-
     /// A failure that names the gates which are not met; none if all are.
     ///
     /// # Errors
@@ -475,6 +510,15 @@ impl Findings {
                 "scores": it.scores,
             })),
             "comparison": self.comparison,
+            "gates": self.verdicts,
+        })
+    }
+
+    /// What a manifest keeps: figures and verdicts, without rows.
+    fn summary_json(&self, judge: &str) -> Value {
+        json!({
+            "judge": judge,
+            "comparison": self.comparison.as_ref().map(|it| json!(it.measures)),
             "gates": self.verdicts,
         })
     }

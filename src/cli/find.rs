@@ -54,6 +54,8 @@ struct Computing<'c> {
 /// A perturbation, and what was measured on the way to it.
 pub(super) struct Found {
     pub(super) targets: Vec<(String, Vec<usize>)>,
+    /// What picks these targets, as for [`Model::decoder`].
+    pub(super) selection: Option<TargetSelection>,
     pub(super) delta: TargetTensors,
     pub(super) record: PerturbationRecord,
     pub(super) steps: Vec<StepRecord>,
@@ -277,6 +279,7 @@ impl Prepared<'_> {
     ) -> Result<Found, Failure> {
         let trial_settings = self.trial_settings();
         let mut parameters = self.search.parameters();
+        let mut selection = self.search.selection();
         let outcome = match self.computing.take() {
             None => {
                 let Settings::Random(Random { rho, seed }) = &self.search.settings else {
@@ -335,6 +338,7 @@ impl Prepared<'_> {
                         let found = found?;
                         tell_of_judged(&found, reporter);
                         parameters = self.search.chosen_parameters(&found);
+                        selection = touched_modules(decoder, &found);
                         self.keep_touched(decoder, found)
                     }
                     None => {
@@ -374,6 +378,7 @@ impl Prepared<'_> {
                 tool: format!("panacea-patch {}", env!("CARGO_PKG_VERSION")),
             },
             targets: self.targets,
+            selection,
             delta: outcome.delta,
             steps: outcome.steps,
             seconds: outcome.seconds,
@@ -405,6 +410,19 @@ impl Prepared<'_> {
             search: Some(found),
         }
     }
+}
+
+/// Exactly the modules that the chosen trial touches, by their whole paths.
+fn touched_modules(decoder: &Decoder<'_>, found: &SearchOutcome) -> Option<TargetSelection> {
+    let mut paths: Vec<&str> = decoder
+        .targets()
+        .iter()
+        .filter(|target| found.settings.touches.holds(target))
+        .map(|target| module_of(&target.name))
+        .map(|path| path.split(".lora_").next().unwrap_or(path))
+        .collect();
+    paths.dedup();
+    paths.join(",").parse().ok()
 }
 
 /// Says where trials were judged on rows that they learned from.

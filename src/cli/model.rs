@@ -116,6 +116,35 @@ impl Model {
         })
     }
 
+    /// The copy of this model that was written to `path`, with what it computes with. A lone file's config and tokenizer stay here.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn copy_at(&self, path: &Path) -> Result<Self, Failure> {
+        let first = self.copied().files().first();
+        let checkpoint = match (self.copied().layout(), first) {
+            (Layout::SplitGguf, Some(first)) => Checkpoint::open(&path.join(&first.name))?,
+            _ => Checkpoint::open(path)?,
+        };
+        let lora = match &self.lora {
+            Some(lora) if checkpoint.layout() == Layout::Adapter => Some(Lora {
+                config: lora.config.clone(),
+                base: match &lora.base {
+                    None => None,
+                    Some(base) => Some(Checkpoint::open(base.path())?),
+                },
+                merge: false,
+            }),
+            _ => None,
+        };
+        let is_gguf = checkpoint.layout().is_gguf();
+        Ok(Self {
+            stored: is_gguf.then(|| StoredModel::of(&checkpoint)),
+            checkpoint,
+            lora,
+        })
+    }
+
     /// What perturbations of it are added to.
     pub(super) fn space(&self) -> Space {
         Space::of(&self.checkpoint)

@@ -20,7 +20,7 @@ use super::report::{Report, Reporter, Saver, Table, bytes, number, percent};
 use super::settings::Search;
 
 pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failure> {
-    let search = Search::resolve(&args.method, &args.data)?;
+    let search = Search::resolve(&args.method, &args.data, false)?;
     let form = FormChoice::of(&args.form);
     interrupt::listen()?;
     let usage = Use {

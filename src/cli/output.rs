@@ -143,7 +143,8 @@ impl Output {
         self.seal.signs()
     }
 
-    /// Writes `model` with `wanted` added. `origin` is asked for when the weights are written.
+    /// Writes `model` with `wanted` added. `origin` is asked for when the weights are written, with where they lie until the rest is: what it
+    /// refuses is not written.
     ///
     /// # Errors
     /// When anything fails or the work is interrupted; the target is then as it was.
@@ -152,7 +153,7 @@ impl Output {
         model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: impl FnOnce() -> Origin,
+        origin: impl FnOnce(&Path) -> Result<Origin, Failure>,
         reporter: &Reporter,
     ) -> Result<Written, Failure> {
         let total = copied_bytes(model.copied())?;
@@ -185,7 +186,7 @@ impl Output {
         model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: impl FnOnce() -> Origin,
+        origin: impl FnOnce(&Path) -> Result<Origin, Failure>,
         watch: &CopyWatch,
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let mut output = OutputDir::create(&self.target, self.overwrite, &self.inputs())?;
@@ -193,7 +194,8 @@ impl Output {
         let destination = Destination::Directory(&mut output);
         let applied = model.add(wanted, settings, destination, watch)?;
         let role = model.copied_role();
-        let provenance = origin().provenance(&applied, &role, self.seal.finished_on())?;
+        let origin = origin(output.partial_path())?;
+        let provenance = origin.provenance(&applied, &role, self.seal.finished_on())?;
         let mut files = applied.files;
         let name = name_of(&self.target);
         self.seal
@@ -213,7 +215,7 @@ impl Output {
         model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: impl FnOnce() -> Origin,
+        origin: impl FnOnce(&Path) -> Result<Origin, Failure>,
         watch: &CopyWatch,
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let inputs = self.inputs();
@@ -222,7 +224,8 @@ impl Output {
         let applied = model.add(wanted, settings, Destination::File(&mut output), watch)?;
         output.finish()?;
         let role = model.copied_role();
-        let provenance = origin().provenance(&applied, &role, self.seal.finished_on())?;
+        let origin = origin(output.partial_path())?;
+        let provenance = origin.provenance(&applied, &role, self.seal.finished_on())?;
         let mut files = applied.files;
         let place = (self.target.as_path(), self.overwrite, inputs.as_slice());
         let committed = self
@@ -243,7 +246,7 @@ impl Output {
         model: &Model,
         wanted: &Wanted<'_>,
         settings: ApplySettings,
-        origin: impl FnOnce() -> Origin,
+        origin: impl FnOnce(&Path) -> Result<Origin, Failure>,
         watch: &CopyWatch,
     ) -> Result<(Written, SideFiles, Vec<Committed>), Failure> {
         let Some(gguf) = &self.gguf else {
@@ -280,7 +283,7 @@ impl Output {
             .write(0, watch, |bytes| output.write_all(bytes))
             .map_err(|error| refused(request.source, error))?;
         let mut files = vec![output.finish()?];
-        let mut origin = origin();
+        let mut origin = origin(output.partial_path())?;
         let parameters = &mut origin.parameters;
         parameters.insert("gguf".to_owned(), json!(gguf.file_type.name()));
         if let Some(pre) = &gguf.pre {
@@ -371,6 +374,12 @@ impl Origin {
 }
 
 impl Written {
+    /// The manifest among its files.
+    pub(super) fn manifest(&self) -> Option<&WrittenFile> {
+        let mut files = self.files.iter();
+        files.find(|file| file.name.ends_with("manifest.json"))
+    }
+
     /// The files in a report.
     pub(super) fn files_json(&self) -> Vec<Value> {
         files_json(&self.files)
@@ -421,11 +430,7 @@ impl Written {
         }
         let total = self.files.iter().map(|file| file.bytes).sum();
         table.row("files", format!("{}, {}", self.files.len(), bytes(total)));
-        if let Some(manifest) = self
-            .files
-            .iter()
-            .find(|file| file.name.ends_with("manifest.json"))
-        {
+        if let Some(manifest) = self.manifest() {
             table.row(
                 "manifest",
                 format!("{}, sha256 {}", shown(&manifest.name), manifest.sha256),

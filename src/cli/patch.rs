@@ -9,6 +9,7 @@ use serde_json::json;
 use super::apply;
 use super::args::PatchArgs;
 use super::error::Failure;
+use super::evaluation::{Control, PatchEvaluation, PatchFindings, add_search, add_written};
 use super::find::{self, Found};
 use super::interrupt;
 use super::model::{Model, Use};
@@ -23,10 +24,12 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         return Err(Failure::usage("no model is given").hint("see `panacea-patch --help`"));
     };
     let addition = settings::addition(&args.addition, args.method.seed.unwrap_or(0));
+    let evaluates = PatchEvaluation::is_wanted(args);
+    let mut evaluation = PatchEvaluation::prepare(args)?;
     if let Some(file) = &args.perturbation {
-        settings::refuse_search_flags(args)?;
+        settings::refuse_search_flags(args, evaluates)?;
         interrupt::listen()?;
-        let model = Model::open(path, of_base(args, false), reporter)?;
+        let model = Model::open(path, of_base(args, evaluates), reporter)?;
         settings::check_addition(&args.addition, &args.gguf, &model)?;
         let output = Output::plan(
             &model,
@@ -34,12 +37,28 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
             (&args.writing, &args.addition, &args.gguf),
             &[file],
         )?;
-        let dry_run = args.writing.dry_run;
-        return apply::from_file(COMMAND, &model, file, addition, output, dry_run, reporter);
+        if args.evaluation.control {
+            return Err(
+                Failure::usage("`--control` has no effect with `--perturbation`")
+                    .because("noise is drawn for the targets of a search")
+                    .hint("leave it out; `--method random --rho NORM` makes a control of its own"),
+            );
+        }
+        let loading = apply::Loading {
+            command: COMMAND,
+            file,
+            settings: addition,
+            dry_run: args.writing.dry_run,
+        };
+        return apply::from_file(loading, &model, output, evaluation, reporter);
     }
-    let search = Search::resolve(&args.method, &args.data)?;
+    let search = Search::resolve(&args.method, &args.data, evaluates)?;
     interrupt::listen()?;
-    let model = Model::open(path, of_base(args, search.computes()), reporter)?;
+    let model = Model::open(
+        path,
+        of_base(args, evaluates || search.computes()),
+        reporter,
+    )?;
     settings::check_addition(&args.addition, &args.gguf, &model)?;
     let search = search.in_space(model.space());
     let data: Vec<PathBuf> = search.data_files();
@@ -65,21 +84,37 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     parameters.insert("method".to_owned(), json!(found.record.method));
     parameters.insert("seed".to_owned(), json!(found.record.seed));
     parameters.extend(found.record.parameters.clone());
-    let tried = found.search_json().map(|it| byproduct("search", it));
-    let origin = || Origin {
-        parameters,
-        dependencies: dependencies(&found),
-        byproducts: [byproduct(
+    let target = output.target().to_owned();
+    let origin = |written: &Path| {
+        let mut dependencies = dependencies(&found);
+        let mut byproducts = vec![byproduct(
             "optimization",
             json!({
                 "steps": found.steps,
                 "radii": found.radii,
                 "results": results_json(&found),
             }),
-        )]
-        .into_iter()
-        .chain(tried)
-        .collect(),
+        )];
+        byproducts.extend(found.search_json().map(|it| byproduct("search", it)));
+        if let Some(evaluation) = &mut evaluation {
+            let control = Control {
+                selection: found.selection.clone(),
+                delta: &found.delta,
+                seed: found.record.seed,
+            };
+            let places = (written, target.as_path());
+            let (sets, scores) = {
+                let add = |page: &mut _| add_search(page, &found);
+                evaluation.run(&model, places, Some(control), add, reporter)?
+            };
+            dependencies.extend(sets);
+            byproducts.push(scores);
+        }
+        Ok(Origin {
+            parameters,
+            dependencies,
+            byproducts,
+        })
     };
     let wanted = Wanted::in_memory(found.deltas())?;
     let written = output
@@ -91,7 +126,20 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     table.heading(written.heading(&model));
     describe(&found, &mut table);
     written.describe(&mut table);
+    if let Some(evaluation) = &evaluation {
+        evaluation.report(|page| {
+            add_search(page, &found);
+            add_written(
+                page,
+                &model.checkpoint.path().display().to_string(),
+                &written,
+            );
+        })?;
+        evaluation.describe(&mut table);
+    }
+    let evaluated = evaluation.as_ref().and_then(PatchEvaluation::found);
     let report = Report {
+        evaluation: evaluated.map(PatchFindings::to_json),
         output: Some(written.target.display().to_string()),
         perturbation: Some(found.to_json()),
         steps: Some(found.steps_json()),
@@ -102,7 +150,8 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         files: Some(written.files_json()),
         ..Report::of(COMMAND)
     };
-    reporter.result(report, &table)
+    reporter.result(report, &table)?;
+    evaluation.map_or(Ok(()), |evaluation| evaluation.require_met())
 }
 
 /// What an adapter's base is needed for, beside searches that compute.

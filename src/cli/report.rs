@@ -53,6 +53,8 @@ pub(super) struct Report {
     pub(super) realized: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) files: Option<Vec<Value>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) evaluation: Option<Value>,
     /// What only this command tells.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) found: Option<Value>,

@@ -51,11 +51,15 @@ pub(super) struct Trials {
 }
 
 impl Search {
-    /// Gives every setting its value.
+    /// Gives every setting its value. `evaluates` tells whether rows become text in any case.
     ///
     /// # Errors
     /// A usage error when a flag was given that the method does not use.
-    pub(super) fn resolve(method: &MethodArgs, data: &DataArgs) -> Result<Self, Failure> {
+    pub(super) fn resolve(
+        method: &MethodArgs,
+        data: &DataArgs,
+        evaluates: bool,
+    ) -> Result<Self, Failure> {
         let name = method.method.unwrap_or(MethodName::Adaptive);
         refuse_flags_of_other_methods(name, method)?;
         let seed = method.seed.unwrap_or(0);
@@ -89,7 +93,7 @@ impl Search {
         };
         search.refuse_missing_task()?;
         search.refuse_unused_budgets(method)?;
-        search.refuse_unused_data(data)?;
+        search.refuse_unused_data(data, evaluates)?;
         Ok(search)
     }
 
@@ -302,7 +306,7 @@ impl Search {
         Ok(())
     }
 
-    fn refuse_unused_data(&self, data: &DataArgs) -> Result<(), Failure> {
+    fn refuse_unused_data(&self, data: &DataArgs, evaluates: bool) -> Result<(), Failure> {
         let method = self.method();
         for (flag, set, given) in [
             ("--harmful", Set::Harmful, data.harmful.is_some()),
@@ -319,7 +323,7 @@ impl Search {
             }
         }
         for (flag, given) in [
-            ("--template", data.template.is_some()),
+            ("--template", data.template.is_some() && !evaluates),
             ("--max-length", data.max_length.is_some()),
         ] {
             if given && !self.computes() {
@@ -338,7 +342,7 @@ impl Search {
 ///
 /// # Errors
 /// A usage error naming the first of them.
-pub(super) fn refuse_search_flags(args: &PatchArgs) -> Result<(), Failure> {
+pub(super) fn refuse_search_flags(args: &PatchArgs, evaluates: bool) -> Result<(), Failure> {
     let (data, method, work) = (&args.data, &args.method, &args.work);
     let stochastic = args.addition.rounding == Some(RoundingName::Stochastic);
     let flags = [
@@ -346,7 +350,7 @@ pub(super) fn refuse_search_flags(args: &PatchArgs) -> Result<(), Failure> {
         ("--task", data.task.is_some()),
         ("--benign", data.benign.is_some()),
         ("--refusals", data.refusals.is_some()),
-        ("--template", data.template.is_some()),
+        ("--template", data.template.is_some() && !evaluates),
         ("--max-length", data.max_length.is_some()),
         ("--method", method.method.is_some()),
         ("--rho", method.rho.is_some()),
@@ -622,7 +626,7 @@ mod tests {
             .into_iter()
             .chain(flags.split_whitespace());
         let patch = Cli::parse_from(words).patch;
-        Search::resolve(&patch.method, &patch.data)
+        Search::resolve(&patch.method, &patch.data, false)
     }
 
     #[test]

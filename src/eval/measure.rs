@@ -19,14 +19,19 @@ pub fn losses(
     rows: &[EncodedRow],
     observer: &mut dyn Observer,
 ) -> Result<Vec<LossSum>, OptimizeError> {
-    let point = match delta {
-        None => Point::stored(),
-        Some(delta) => Point::stored().moved(1.0, delta),
-    };
-    Engine::new(decoder, observer).row_losses(point, &Batch::whole(set, rows))
+    Engine::new(decoder, observer).row_losses(point(delta), &Batch::whole(set, rows))
 }
 
-/// KL(`from` || `of`) over the next token on each of `rows`: what ordinary text notices when `of` takes the place of `from`.
+/// The stored values, with `delta` added where one is given.
+pub(super) fn point(delta: Option<&TargetTensors>) -> Point<'_> {
+    match delta {
+        None => Point::stored(),
+        Some(delta) => Point::stored().moved(1.0, delta),
+    }
+}
+
+/// KL(`from` || `of`) over the next token on each of `rows`: what ordinary text notices when `of` takes the place of `from`. Each is a decoder with
+/// what is added to its targets.
 ///
 /// Any two checkpoints of one vocabulary can be compared, since it is computed from the logits of both. Memory: those of
 /// [`POSITIONS`] positions, twice.
@@ -34,8 +39,8 @@ pub fn losses(
 /// # Errors
 /// [`DivergenceError`] when the vocabularies differ in size or a token is unknown.
 pub fn divergences(
-    of: &mut Decoder<'_>,
-    from: &mut Decoder<'_>,
+    (of, of_delta): (&mut Decoder<'_>, Option<&TargetTensors>),
+    (from, from_delta): (&mut Decoder<'_>, Option<&TargetTensors>),
     rows: &[EncodedRow],
 ) -> Result<Vec<LossSum>, DivergenceError> {
     let (size, other) = (of.config().vocab_size, from.config().vocab_size);
@@ -55,8 +60,8 @@ pub fn divergences(
                 predictions: stretch.to_vec(),
                 ..pack.clone()
             };
-            let p = from.logits(Point::stored(), &pack)?;
-            let q = of.logits(Point::stored(), &pack)?;
+            let p = from.logits(point(from_delta), &pack)?;
+            let q = of.logits(point(of_delta), &pack)?;
             for (p, q) in p.chunks_exact(size).zip(q.chunks_exact(size)) {
                 sum += LossSum::of_token(divergence(p, q));
             }

@@ -15,7 +15,7 @@ use super::measure::{DivergenceError, divergences, losses};
 use super::scores::Scores;
 use super::task::{Grading, right};
 use crate::data::{Dialogue, EncodeError, Encoder, Example, Request};
-use crate::model::{Decoder, EncodedRow, LossSum};
+use crate::model::{Decoder, EncodedRow, LossSum, TargetTensors};
 use crate::optimize::{Observer, OptimizeError, Set, State, StepRecord};
 
 /// What a checkpoint is asked. A set that is empty is not asked, and what it would tell is absent.
@@ -61,6 +61,8 @@ pub struct Computed<'s, 'c> {
     pub decoder: &'s mut Decoder<'c>,
     /// Its tokenizer and template.
     pub encoder: &'s Encoder,
+    /// What is added to its targets, in f32; `identity` is then to name it as well.
+    pub delta: Option<&'s TargetTensors>,
     /// The digests of weights, tokenizer and template: what a journal knows it by.
     pub identity: String,
 }
@@ -162,7 +164,11 @@ impl Suite {
         let mut progress = shown(watch, "benign text");
         let means = journal.numbers(&identity, rows.len(), &mut progress, |places, take| {
             in_stretches(places, rows.len(), take, |stretch| {
-                Ok(divergences(of.decoder, from.decoder, &rows[stretch])?)
+                Ok(divergences(
+                    (of.decoder, of.delta),
+                    (from.decoder, from.delta),
+                    &rows[stretch],
+                )?)
             })
         })?;
         Ok(per_token(Measure::Kl, means, &rows))
@@ -184,6 +190,9 @@ impl Subject<'_, '_> {
             Self::Decoder(computed) => {
                 let identity = computed.identity.clone();
                 let mut local = Local::new(computed.decoder, computed.encoder, identity);
+                if let Some(delta) = computed.delta {
+                    local = local.moved(delta);
+                }
                 journal.answers(&mut local, requests, limit, &mut progress)?
             }
         })
@@ -206,7 +215,7 @@ impl Computed<'_, '_> {
             in_stretches(places, rows.len(), take, |stretch| {
                 Ok(losses(
                     self.decoder,
-                    None,
+                    self.delta,
                     set,
                     &rows[stretch],
                     &mut Unwatched,

@@ -167,6 +167,24 @@ pub(crate) struct JudgingArgs {
     pub(crate) journal: Option<PathBuf>,
 }
 
+impl JudgingArgs {
+    /// The first of these flags that was given.
+    pub(crate) fn first_given(&self) -> Option<&'static str> {
+        [
+            ("--judge", self.judge.is_some()),
+            ("--judge-template", self.judge_template.is_some()),
+            ("--judge-threshold", self.judge_threshold.is_some()),
+            ("--judge-endpoint", self.judge_endpoint.is_some()),
+            ("--grade", self.grade.is_some()),
+            ("--max-new-tokens", self.max_new_tokens.is_some()),
+            ("--task-tokens", self.task_tokens.is_some()),
+            ("--journal", self.journal.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(flag, given)| given.then_some(flag))
+    }
+}
+
 /// What is demanded, and where results are told.
 #[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Evaluation")]

@@ -4,7 +4,8 @@ use std::ops::ControlFlow;
 
 use super::{Answer, AnswerError, Answerer, Each};
 use crate::data::{Encoder, Request};
-use crate::model::{Decoder, Generation, Point, TargetTensors};
+use crate::eval::measure::point;
+use crate::model::{Decoder, Generation, TargetTensors};
 
 /// A decoder with its tokenizer and template.
 #[derive(Debug)]
@@ -54,10 +55,7 @@ impl Answerer for Local<'_, '_> {
         let mut generation = Generation::of(max_new_tokens);
         generation.stop = vec![eos];
         generation.at_once = AT_ONCE;
-        let point = match self.delta {
-            None => Point::stored(),
-            Some(delta) => Point::stored().moved(1.0, delta),
-        };
+        let point = point(self.delta);
         let mut problem = None;
         let flow =
             self.decoder

@@ -1,0 +1,219 @@
+//! The evaluation of a patch: the model before, the patched copy as it was written, and noise of the same norm for control.
+//!
+//! In: the flags of the whole job. Out: [`Findings`], while the copy can still be dropped: where a gate is not met, nothing is written.
+
+use std::path::Path;
+
+use panacea_formats::Overwrite;
+use panacea_patch::eval::suite::Scored;
+use panacea_patch::manifest::{Byproduct, Dependency};
+use panacea_patch::model::{TargetSelection, TargetTensors};
+use panacea_patch::optimize::gaussian;
+use panacea_patch::report::Page;
+use serde_json::{Value, json};
+
+use super::{Answering, EvalFlags, EvalPaths, Evaluation, Findings};
+use crate::cli::args::PatchArgs;
+use crate::cli::error::Failure;
+use crate::cli::model::Model;
+use crate::cli::output::byproduct;
+use crate::cli::report::{Reporter, Table};
+
+/// An evaluation that was asked for with a patch.
+pub(in crate::cli) struct PatchEvaluation {
+    evaluation: Evaluation,
+    control: bool,
+    keep_failed: bool,
+    found: Option<PatchFindings>,
+}
+
+/// What was found.
+pub(in crate::cli) struct PatchFindings {
+    pub(in crate::cli) findings: Findings,
+    /// Noise of the same norm.
+    pub(in crate::cli) control: Option<Scored>,
+}
+
+impl PatchFindings {
+    /// What machines read.
+    pub(in crate::cli) fn to_json(&self) -> Value {
+        let mut json = self.findings.to_json();
+        json["control"] = json!(self.control.as_ref().map(|it| &it.scores));
+        json
+    }
+}
+
+/// A perturbation whose norm noise is to have.
+pub(in crate::cli) struct Control<'c> {
+    pub(in crate::cli) selection: Option<TargetSelection>,
+    pub(in crate::cli) delta: &'c TargetTensors,
+    pub(in crate::cli) seed: u64,
+}
+
+impl PatchEvaluation {
+    /// Whether `args` ask for one.
+    pub(in crate::cli) fn is_wanted(args: &PatchArgs) -> bool {
+        let sets = &args.evaluation;
+        let given = [
+            &sets.eval_harmful,
+            &sets.eval_harmless,
+            &sets.eval_task,
+            &sets.eval_benign,
+        ];
+        let told = &args.telling;
+        !told.gate.is_empty()
+            || told.report.is_some()
+            || told.summary.is_some()
+            || sets.control
+            || given.iter().any(|set| set.is_some())
+    }
+
+    /// The one that `args` ask for, every input read.
+    ///
+    /// # Errors
+    /// The first input that is refused, and flags of an evaluation where none is asked for.
+    pub(in crate::cli) fn prepare(args: &PatchArgs) -> Result<Option<Self>, Failure> {
+        if !Self::is_wanted(args) {
+            return match args.judging.first_given() {
+                None => Ok(None),
+                Some(flag) => Err(Failure::usage(format!("`{flag}` has no effect here"))
+                    .because("no evaluation is asked for")
+                    .hint(format!("pass --gate or --report, or leave out `{flag}`"))),
+            };
+        }
+        if args.writing.dry_run {
+            return Ok(None);
+        }
+        let sets = &args.evaluation;
+        let paths = EvalPaths {
+            harmful: sets.eval_harmful.clone(),
+            harmless: sets.eval_harmless.clone(),
+            task: sets.eval_task.clone(),
+            benign: sets.eval_benign.clone(),
+        };
+        let files = paths.files();
+        let inputs: Vec<&Path> = files.iter().map(std::path::PathBuf::as_path).collect();
+        let overwrite = match args.writing.force {
+            true => Overwrite::Replace,
+            false => Overwrite::Never,
+        };
+        let template = args.data.template.unwrap_or_default();
+        let told = (&args.judging, &args.telling);
+        let evaluation = Evaluation::prepare(&paths, template, told, overwrite, &inputs)?
+            .demanding(&args.telling.gate, Answering::Here, true, &FLAGS)?;
+        Ok(Some(Self {
+            evaluation,
+            control: sets.control,
+            keep_failed: sets.keep_failed,
+            found: None,
+        }))
+    }
+
+    /// Scores `model` and its patched copy at `written`, which will be called `target`, and says what records keep of it. Where the copy is to be
+    /// dropped, the report is written here, with what `add` puts in it.
+    ///
+    /// # Errors
+    /// When a gate is not met and nothing is to be kept then, or the evaluation fails.
+    pub(in crate::cli) fn run(
+        &mut self,
+        model: &Model,
+        (written, target): (&Path, &Path),
+        control: Option<Control<'_>>,
+        add: impl FnOnce(&mut Page),
+        reporter: &Reporter,
+    ) -> Result<(Vec<Dependency>, Byproduct), Failure> {
+        let evaluation = &mut self.evaluation;
+        let name = model.checkpoint.path().display().to_string();
+        let loaded = evaluation.load(model, model)?;
+        let before = evaluation.score(&name, &loaded, reporter)?;
+        let copy = model.copy_at(written)?;
+        let whole = match copy.checkpoint.layout().is_gguf() {
+            true => &copy,
+            false => model,
+        };
+        let patched = evaluation.load(&copy, whole)?;
+        let name = target.display().to_string();
+        let mut scored = evaluation.score(&name, &patched, reporter)?;
+        evaluation.diverge(&mut scored, &patched, &loaded, reporter)?;
+        let noise = match control.filter(|_| self.control) {
+            None => None,
+            Some(control) => {
+                let sizes: Vec<usize> = control.delta.iter().map(<[f32]>::len).collect();
+                let noise = gaussian(&sizes, control.seed, control.delta.norm());
+                let noted = format!(
+                    "with noise of norm {} and seed {}",
+                    noise.norm(),
+                    control.seed
+                );
+                let moved = evaluation.load(model, model)?;
+                let moved = moved.moved(control.selection, &noise, &noted);
+                let mut scored = evaluation.score("noise of the same norm", &moved, reporter)?;
+                evaluation.diverge(&mut scored, &moved, &loaded, reporter)?;
+                Some(scored)
+            }
+        };
+        let findings = evaluation.conclude(scored, Some(before))?;
+        evaluation.tell(&findings)?;
+        let kept = byproduct("evaluation", findings.summary_json(&evaluation.judge()));
+        let met = findings.require_met();
+        self.found = Some(PatchFindings {
+            findings,
+            control: noise,
+        });
+        if let (Err(failure), false) = (met, self.keep_failed) {
+            let mut table = Table::new();
+            self.describe(&mut table);
+            reporter.partial(&table);
+            self.report(add)?;
+            return Err(
+                failure.hint("nothing was written; pass --keep-failed to write it all the same")
+            );
+        }
+        Ok((self.evaluation.sources().to_vec(), kept))
+    }
+
+    /// Writes the report, if one is asked for and there is something to tell. `add` puts in it what else there is.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(in crate::cli) fn report(&self, add: impl FnOnce(&mut Page)) -> Result<(), Failure> {
+        match &self.found {
+            None => Ok(()),
+            Some(found) => self
+                .evaluation
+                .report(&found.findings, found.control.as_ref(), add),
+        }
+    }
+
+    /// What was found, once it was.
+    pub(in crate::cli) fn found(&self) -> Option<&PatchFindings> {
+        self.found.as_ref()
+    }
+
+    /// What people read of it.
+    pub(in crate::cli) fn describe(&self, table: &mut Table) {
+        if let Some(found) = &self.found {
+            table.row("judged by", self.evaluation.judge());
+            found.findings.describe(table);
+        }
+    }
+
+    /// A failure where a gate is not met, for a result that was written all the same.
+    ///
+    /// # Errors
+    /// That failure.
+    pub(in crate::cli) fn require_met(&self) -> Result<(), Failure> {
+        match &self.found {
+            None => Ok(()),
+            Some(found) => found
+                .findings
+                .require_met()
+                .map_err(|failure| failure.hint("the patched checkpoint was written all the same")),
+        }
+    }
+}
+
+const FLAGS: EvalFlags = EvalFlags {
+    harmful: "--eval-harmful",
+    task: "--eval-task",
+};
