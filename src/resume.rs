@@ -271,14 +271,15 @@ fn check_identity(
 
 /// As JSON, with each fractional number as the text of its bits.
 fn to_bits(record: &impl Serialize) -> Result<Value, JsonError> {
-    Ok(each_leaf(serde_json::to_value(record)?, &|value| {
-        match value.as_f64() {
+    Ok(each_leaf(
+        serde_json::to_value(record)?,
+        &|value| match value.as_f64() {
             Some(number) if value.is_f64() => {
                 Value::from(format!("{BITS}{:016x}", number.to_bits()))
             }
             _ => value,
-        }
-    }))
+        },
+    ))
 }
 
 fn from_bits<T: DeserializeOwned>(stored: Value) -> Result<T, JsonError> {

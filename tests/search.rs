@@ -7,8 +7,8 @@ use panacea_formats::Checkpoint;
 use panacea_patch::data::{DataPath, Encoder, SetPaths, Sets, TemplateChoice, TokenizerFiles};
 use panacea_patch::model::{Config, Decoder, TargetSelection};
 use panacea_patch::optimize::{
-    Adaptive, Budget, Observer, OptimizeError, Radius, Region, Rows, SearchOutcome, SearchSettings, Space,
-    State, StepRecord, Trial, TrialPoint, Unobserved, search,
+    Adaptive, Budget, Observer, OptimizeError, Radius, Region, Rows, SearchOutcome, SearchSettings,
+    Space, State, StepRecord, Trial, TrialPoint, Unobserved, search,
 };
 
 #[expect(dead_code, reason = "the decoder's own tests use the rest")]
@@ -133,7 +133,10 @@ fn a_resumed_search_ends_with_the_same_bits_on_any_number_of_threads() {
             trials: Vec::new(),
         };
         let stopped = chat.search(&settings, Vec::new(), &mut stop);
-        assert!(matches!(stopped, Err(OptimizeError::Interrupted)), "{after}");
+        assert!(
+            matches!(stopped, Err(OptimizeError::Interrupted)),
+            "{after}"
+        );
         assert_eq!(stop.trials, whole.trials[..after]);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(after)
@@ -146,7 +149,10 @@ fn a_resumed_search_ends_with_the_same_bits_on_any_number_of_threads() {
         assert_eq!(whole.outcome.results, resumed.outcome.results);
         assert_eq!(whole.outcome.steps, resumed.outcome.steps);
         assert_eq!(whole.trials, resumed.trials);
-        assert_eq!((whole.chosen, &whole.front), (resumed.chosen, &resumed.front));
+        assert_eq!(
+            (whole.chosen, &whole.front),
+            (resumed.chosen, &resumed.front)
+        );
     }
 
     // Of another seed or space they would not have been tried.
@@ -234,7 +240,10 @@ fn a_budget_that_nothing_keeps_to_is_told_with_what_came_nearest() {
         panic!("{refused:?}");
     };
     let said = error.to_string();
-    assert!(said.starts_with("none of 1 trials keeps to the budget: at radius"), "{said}");
+    assert!(
+        said.starts_with("none of 1 trials keeps to the budget: at radius"),
+        "{said}"
+    );
 }
 
 /// As the defaults' own search for a radius has it, on the same rows: not a grid that could miss it.
@@ -250,5 +259,9 @@ fn radii_end_close_to_the_budget() {
         .search(&settings, Vec::new(), &mut Unobserved)
         .expect("an outcome");
     let kl = chosen(&found).kl;
-    assert!(kl <= 0.002 && kl > 0.5 * 0.002, "{:?}", found.trials[0].points);
+    assert!(
+        kl <= 0.002 && kl > 0.5 * 0.002,
+        "{:?}",
+        found.trials[0].points
+    );
 }

@@ -142,6 +142,61 @@ fn a_report_says_all_that_it_should() {
 }
 
 #[test]
+fn a_search_tells_what_it_tried() {
+    let sandbox = Sandbox::new();
+    let flags = "--harmful h.jsonl --benign b.jsonl --task t.jsonl --batch 4 --steps 3 --search 3";
+    let arguments = format!("my-finetune {flags} --alpha 2 -o out --json");
+    let arguments: Vec<&str> = arguments.split_whitespace().collect();
+    let output = sandbox.program(&arguments).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("8 harmful rows are too few"), "{said}");
+    let search = &report["search"];
+    let trials = search["trials"].as_array().unwrap();
+    assert_eq!(trials.len(), 3);
+    for trial in trials {
+        // What is given is not varied.
+        let choice = trial["choice"].as_object().unwrap();
+        assert!(!choice.contains_key("alpha") && choice.contains_key("cap"));
+        let points = trial["points"].as_array().unwrap();
+        assert!(points.iter().all(|point| point["kl"].is_f64()));
+    }
+    let chosen = &search["chosen"];
+    assert!(search["front"].as_array().unwrap().contains(chosen));
+    let number = |key: &str| usize::try_from(chosen[key].as_u64().unwrap()).unwrap();
+    let trial = &trials[number("trial")];
+    let point = &trial["points"][number("point")];
+    let parameters = &report["perturbation"]["parameters"];
+    assert_eq!(parameters["search"], 3);
+    assert_eq!(parameters["alpha"], 2.0);
+    assert_eq!(parameters["steps"], 3);
+    assert_eq!(parameters["rho"], point["rho"]);
+    assert_eq!(parameters["cap"], trial["choice"]["cap"]);
+    let manifest = fs::read(sandbox.path("out/panacea.manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    assert!(manifest.to_string().contains(r#""front""#));
+    sandbox.run("verify out");
+
+    // A perturbation of a part of the targets is one of that part alone.
+    sandbox.run(&format!(
+        "optimize my-finetune {flags} --targets v_proj -o p.safetensors"
+    ));
+    sandbox.run("apply my-finetune --perturbation p.safetensors -o applied");
+    let (code, output) = sandbox.shell(&format!(
+        "panacea-patch my-finetune {flags} --state-every 2 -o x"
+    ));
+    assert_eq!(code, 2, "{output}");
+    let (code, output) = sandbox.shell(&format!(
+        "panacea-patch my-finetune {flags} --kl-budget 1e-12 -o x"
+    ));
+    assert_eq!(code, 1, "{output}");
+    assert!(
+        output.contains("none of 3 trials keeps to the budget"),
+        "{output}"
+    );
+}
+
+#[test]
 fn a_manifest_tells_nothing_of_the_machine() {
     let sandbox = Sandbox::new();
     let data = sandbox.path("h.jsonl").display().to_string();
@@ -276,19 +331,29 @@ fn a_killed_run_leaves_everything_or_nothing() {
 #[test]
 fn an_interrupted_run_goes_on_to_the_same_bytes() {
     let sandbox = Sandbox::new();
-    for (name, flags) in [
+    for (name, flags, each, state) in [
         (
             "adaptive",
             "--harmful h.jsonl --benign b.jsonl --steps 6 --batch 4",
+            "--state-every 1",
+            "state",
         ),
         (
             "panacea",
             "--method panacea --harmful h.jsonl --task t.jsonl --steps 30 --batch 4",
+            "--state-every 1",
+            "state",
+        ),
+        (
+            "search",
+            "--search 6 --harmful h.jsonl --benign b.jsonl --batch 4",
+            "",
+            "trials",
         ),
     ] {
         sandbox.run(&format!("my-finetune {flags} -o {name}"));
-        let flags = format!("my-finetune {flags} -o resumed --state-every 1 --quiet");
-        let state = sandbox.path(".resumed.panacea-state");
+        let flags = format!("my-finetune {flags} -o resumed {each} --quiet");
+        let state = sandbox.path(&format!(".resumed.panacea-{state}"));
         let mut interruptions = 0;
         loop {
             let resume = if state.exists() { " --resume" } else { "" };

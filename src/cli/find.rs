@@ -15,8 +15,8 @@ use panacea_patch::model::{
     Config, Decoder, EncodedRow, TargetSelection, TargetTensors, decoder_prefix, place_of_module,
 };
 use panacea_patch::optimize::{
-    self, RadiusPoint, Random, Rows, SearchOutcome, SearchSettings, Set, Settings, State, StepRecord,
-    Trial, gaussian,
+    self, RadiusPoint, Random, Rows, SearchOutcome, SearchSettings, Set, Settings, State,
+    StepRecord, Trial, gaussian,
 };
 use panacea_patch::resume::Identity;
 use serde_json::{Value, json};
@@ -88,9 +88,11 @@ pub(super) fn prepare<'c>(
     reporter: &Reporter,
 ) -> Result<Prepared<'c>, Failure> {
     if search.trials.is_some() && work.state_every.is_some_and(|every| every > 0) {
-        return Err(Failure::usage("`--state-every` has no effect with `--search`")
-            .because("a search is kept after every trial")
-            .hint("leave out `--state-every`, or pass 0 to keep nothing"));
+        return Err(
+            Failure::usage("`--state-every` has no effect with `--search`")
+                .because("a search is kept after every trial")
+                .hint("leave out `--state-every`, or pass 0 to keep nothing"),
+        );
     }
     if !search.computes() {
         return Ok(Prepared {

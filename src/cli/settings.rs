@@ -148,12 +148,16 @@ impl Search {
         let Adaptive {
             gain,
             learning_share,
+            affinity,
+            order,
             touches,
             ..
         } = &found.settings;
         for (name, value) in [
+            ("affinity", json!(affinity)),
             ("gain", json!(gain)),
             ("learning_share", json!(learning_share)),
+            ("order", json!(order)),
             ("rho", json!(found.point(found.chosen).rho)),
             ("search", json!(found.trials.len())),
         ] {
@@ -673,7 +677,11 @@ mod tests {
             ("--method panacea --cap 1", "--cap", "--method adaptive"),
             ("--method random --steps 1", "--steps", "--method adaptive"),
             ("--method panacea --search", "--search", "--method adaptive"),
-            ("--method random --search 3", "--search", "--method adaptive"),
+            (
+                "--method random --search 3",
+                "--search",
+                "--method adaptive",
+            ),
             ("--rho 1 --kl-budget 1", "--kl-budget", "--rho auto"),
             (
                 "--method panacea --task-budget 1",
@@ -721,12 +729,17 @@ mod tests {
         };
         let (all, trials) = space("--search");
         assert_eq!(trials, 16);
-        assert!(all.contains("alpha") && all.contains("or o_proj or"), "{all}");
+        assert!(
+            all.contains("alpha") && all.contains("or o_proj or"),
+            "{all}"
+        );
         let (less, trials) = space(
             "--search 3 --alpha 2 --cap 2 --step-length 0.1 --steps 3 --repair-steps 0 --targets v_proj",
         );
         assert_eq!(trials, 3);
-        assert_eq!(less, "guard_share 0..1, learning_share 0.25..1, blocks 0..1");
+        let left = "guard_share 0..1, learning_share 0.25..1, affinity -1..0.25, \
+                    order seeded or easiest-first, blocks 0..2";
+        assert_eq!(less, left);
         // With a search, a fixed radius is held against the budgets, too.
         assert!(resolve("--search --rho 1 --kl-budget 1").is_ok());
     }

@@ -16,6 +16,9 @@ mod guard;
 pub(super) mod held_back;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
 
 use self::guard::Guard;
 use self::held_back::{HeldBack, Measured, beginnings, deciding};
@@ -24,7 +27,7 @@ use super::radius::{Budget, Radius, RadiusPoint, Search};
 use super::region::Region;
 use super::step::{Phase, StepRecord};
 use super::{Outcome, Rows, State};
-use crate::model::{EncodedRow, Point, TargetTensors};
+use crate::model::{EncodedRow, Point, Target, TargetTensors};
 
 /// Settings of the method.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,10 +60,26 @@ pub struct Adaptive {
     pub repair_length: f64,
     /// Share of the harmful rows, other than those held back, that steps learn from: above 0, at most 1.
     pub learning_share: f64,
+    /// Which of them steps see first.
+    pub order: Order,
+    /// Power of a block's share of the energy by which its part of the result is scaled, at the same norm: 0 leaves it as the steps made
+    /// it, -0.5 gives all blocks the same norm, above 0 the strong ones get more.
+    pub affinity: f64,
     /// The targets that steps move; the others stay as they are, though their gradients are computed.
     pub touches: Region,
     /// Of the order of rows.
     pub seed: u64,
+}
+
+/// In which order steps see harmful rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// One that the seed draws.
+    #[default]
+    Seeded,
+    /// From the request whose refusal is nearest to being likelier than its opening to that whose is farthest.
+    EasiestFirst,
 }
 
 impl Default for Adaptive {
@@ -79,6 +98,8 @@ impl Default for Adaptive {
             repair_steps: 4,
             repair_length: 0.5,
             learning_share: 1.0,
+            order: Order::Seeded,
+            affinity: 0.0,
             touches: Region::default(),
             seed: 0,
         }
@@ -157,11 +178,17 @@ impl Harmful {
 /// Takes all steps.
 fn walk<'r>(
     engine: &mut Engine<'_, '_>,
-    (rows, harmful, learn, held_back): (&Rows, &'r Harmful, Vec<usize>, &'r HeldBack<'r>),
+    (rows, harmful, mut learn, held_back): (&Rows, &'r Harmful, Vec<usize>, &'r HeldBack<'r>),
     settings: &'r Adaptive,
     resumed: Option<State<'_>>,
 ) -> Result<(TargetTensors, Vec<StepRecord>), OptimizeError> {
     engine.touch(&settings.touches);
+    if settings.order == Order::EasiestFirst {
+        let [openings, refusals] = &harmful.deciding;
+        let all = HeldBack::whole(openings, refusals);
+        let distance = all.distances(engine, Point::stored())?;
+        learn.sort_by(|&a, &b| distance[a].total_cmp(&distance[b]));
+    }
     let mut run = Run {
         settings,
         openings: &harmful.openings,
@@ -180,7 +207,32 @@ fn walk<'r>(
     while let Some(phase) = next_phase(settings, &run.steps) {
         run.step(engine, phase)?;
     }
-    Ok((run.delta, run.steps))
+    let Run {
+        mut delta, steps, ..
+    } = run;
+    if settings.affinity != 0.0 {
+        share_out(&mut delta, engine.decoder.targets(), settings.affinity);
+    }
+    Ok((delta, steps))
+}
+
+/// Scales each block's part of `delta` by its share of the energy to the power of `affinity`, and keeps the norm.
+fn share_out(delta: &mut TargetTensors, targets: &[Target], affinity: f64) {
+    let norm = delta.norm();
+    let mut of_blocks: BTreeMap<usize, f64> = BTreeMap::new();
+    for (target, norm) in targets.iter().zip(delta.norms()) {
+        *of_blocks.entry(target.block).or_default() += norm * norm;
+    }
+    let whole: f64 = of_blocks.values().sum();
+    for (index, target) in targets.iter().enumerate() {
+        let share = of_blocks[&target.block] / whole;
+        // A block that nothing touched has none.
+        if share > 0.0 {
+            let scale = factor(share.powf(affinity));
+            delta.tensor_mut(index).iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+    delta.scale(factor(norm / delta.norm()));
 }
 
 /// Which kind of step follows `steps`, a function of what they measured alone; `None` at the end.
@@ -477,6 +529,33 @@ mod tests {
             steps.push(record);
         }
         letters
+    }
+
+    #[test]
+    fn half_a_power_evens_blocks_out_at_the_same_norm() {
+        let target = |block| Target {
+            name: "x".to_owned(),
+            shape: [1, 2],
+            block,
+        };
+        let targets = [target(0), target(0), target(4), target(5)];
+        let given = TargetTensors::new(vec![
+            vec![3.0, 0.0],
+            vec![0.0, 4.0],
+            vec![12.0, 0.0],
+            vec![0.0; 2],
+        ]);
+        let mut even = given.clone();
+        share_out(&mut even, &targets, -0.5);
+        let norms = even.norms();
+        let block = (norms[0].powi(2) + norms[1].powi(2)).sqrt();
+        assert!((block / norms[2] - 1.0).abs() < 1e-6, "{norms:?}");
+        assert!((norms[1] / norms[0] - 4.0 / 3.0).abs() < 1e-6, "{norms:?}");
+        assert_eq!(norms[3], 0.0);
+        assert!((even.norm() / 13.0 - 1.0).abs() < 1e-6);
+        let mut same = given.clone();
+        share_out(&mut same, &targets, 0.0);
+        assert_eq!(same, given);
     }
 
     #[test]

@@ -28,7 +28,7 @@ mod region;
 mod search;
 mod step;
 
-pub use adaptive::Adaptive;
+pub use adaptive::{Adaptive, Order};
 pub use engine::{OptimizeError, PACK_TOKENS, Set};
 pub use fine_tune::{FineTuning, fine_tune};
 pub use panacea::{FinalEps, Panacea, Part};

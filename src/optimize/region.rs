@@ -37,7 +37,10 @@ mod tests {
             block,
         };
         let v = target("model.layers.3.self_attn.v_proj.weight", 3);
-        let a = target("base_model.model.model.layers.3.self_attn.v_proj.lora_A.weight", 3);
+        let a = target(
+            "base_model.model.model.layers.3.self_attn.v_proj.lora_A.weight",
+            3,
+        );
         let q = target("model.layers.3.self_attn.q_proj.weight", 3);
         let region = |blocks, modules: &[&str]| Region {
             blocks: Some(blocks),

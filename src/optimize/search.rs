@@ -182,7 +182,8 @@ pub fn search(
     }
 
     let (places, points) = points_of(&trials);
-    let chosen = front::least_harmful(&points, settings.budget).ok_or_else(|| no_trial(settings, &points))?;
+    let chosen = front::least_harmful(&points, settings.budget)
+        .ok_or_else(|| no_trial(settings, &points))?;
     let chosen = places[chosen];
     let adaptive = settings
         .space
@@ -212,7 +213,7 @@ pub fn search(
 
 /// The settings of the next trial: those of the base, then half of the time any of the space, and half of the time some near to those
 /// of a trial on the front. The first half keeps all of the space within reach, however lucky an early trial was; the second makes
-/// the most of what is known to be good, which any draw from nine dimensions hits too seldom.
+/// the most of what is known to be good, which a draw of all settings at once hits too seldom.
 ///
 /// A function of the trials before it and of the seed alone, so that a resumed search goes on as it would have.
 fn propose(settings: &SearchSettings, trials: &[Trial]) -> Choice {
@@ -228,12 +229,17 @@ fn propose(settings: &SearchSettings, trials: &[Trial]) -> Choice {
         .collect();
     parents.sort_unstable();
     parents.dedup();
-    match (generator.random_bool(0.5), parents.choose(&mut generator)) {
-        (true, Some(&parent)) => settings
-            .space
-            .near(&trials[parent].choice, &mut generator),
-        _ => settings.space.draw(&mut generator),
+    let mut choice = Choice::default();
+    for _ in 0..REDRAWS {
+        choice = match (generator.random_bool(0.5), parents.choose(&mut generator)) {
+            (true, Some(&parent)) => settings.space.near(&trials[parent].choice, &mut generator),
+            _ => settings.space.draw(&mut generator),
+        };
+        if trials.iter().all(|trial| trial.choice != choice) {
+            break;
+        }
     }
+    choice
 }
 
 /// A perturbation of norm 1.
@@ -471,6 +477,9 @@ impl Observer for Quiet<'_> {
         self.0.interrupted()
     }
 }
+
+/// Draws of a choice that has not been tried.
+const REDRAWS: usize = 16;
 
 /// Radii along a direction, as shares of the norm that the steps gave it.
 const FACTORS: [f64; 6] = [0.35, 0.5, 0.7, 1.0, 1.4, 2.0];

@@ -178,10 +178,9 @@ fn trial_line(place: usize, trial: &Trial, budget: Budget, took: Duration) -> St
             percent(1.0 - point.complying),
             number(point.doubt),
             number(point.kl),
-            point.task.map_or_else(String::new, |rise| format!(
-                ", task rise {}",
-                number(rise)
-            )),
+            point
+                .task
+                .map_or_else(String::new, |rise| format!(", task rise {}", number(rise))),
             number(point.rho)
         ),
     };

@@ -77,12 +77,7 @@ impl<'r> HeldBack<'r> {
         engine: &mut Engine<'_, '_>,
         point: Point<'_>,
     ) -> Result<Measured, OptimizeError> {
-        let mut means = |batch: &Batch<'_>| -> Result<Vec<f64>, OptimizeError> {
-            let losses = engine.row_losses(point, batch)?;
-            Ok(losses.into_iter().map(LossSum::mean).collect())
-        };
-        let h = means(&self.openings)?;
-        let r = means(&self.refusals)?;
+        let [h, r] = self.losses(engine, point)?;
         let refusing = h.iter().zip(&r).filter(|(h, r)| r < h).count();
         #[expect(clippy::cast_precision_loss, reason = "a handful of rows")]
         let (n, refusing) = (h.len() as f64, refusing as f64);
@@ -93,6 +88,29 @@ impl<'r> HeldBack<'r> {
             h: h.iter().sum::<f64>() / n,
             r: r.iter().sum::<f64>() / n,
         })
+    }
+
+    /// r - h of each request: below 0, it would rather be refused.
+    pub(in crate::optimize) fn distances(
+        &self,
+        engine: &mut Engine<'_, '_>,
+        point: Point<'_>,
+    ) -> Result<Vec<f64>, OptimizeError> {
+        let [h, r] = self.losses(engine, point)?;
+        Ok(h.iter().zip(&r).map(|(h, r)| r - h).collect())
+    }
+
+    /// The mean loss of each opening, and of each refusal.
+    fn losses(
+        &self,
+        engine: &mut Engine<'_, '_>,
+        point: Point<'_>,
+    ) -> Result<[Vec<f64>; 2], OptimizeError> {
+        let mut means = |batch: &Batch<'_>| -> Result<Vec<f64>, OptimizeError> {
+            let losses = engine.row_losses(point, batch)?;
+            Ok(losses.into_iter().map(LossSum::mean).collect())
+        };
+        Ok([means(&self.openings)?, means(&self.refusals)?])
     }
 }
 

@@ -11,7 +11,7 @@ use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::super::adaptive::Adaptive;
+use super::super::adaptive::{Adaptive, Order};
 use crate::model::Target;
 
 /// The settings that a search varies, in a fixed order.
@@ -38,6 +38,8 @@ enum Range {
     Number(f64, f64, fn(&mut Adaptive, f64)),
     /// A whole number, uniform.
     Whole(usize, usize, fn(&mut Adaptive, usize)),
+    /// Any order of rows.
+    Order,
     /// Successive ones of these blocks: all, or any, each half of the time.
     Blocks(Vec<usize>),
     /// One of these lists of modules.
@@ -52,6 +54,8 @@ pub enum Value {
     Whole(usize),
     /// A number.
     Number(f64),
+    /// Which rows come first.
+    Order(Order),
     /// The first and the last block that are touched.
     Blocks(usize, usize),
     /// The modules that are touched.
@@ -128,6 +132,12 @@ impl Space {
                 number(base.learning_share),
                 Range::Number(0.25, 1.0, |it, share| it.learning_share = share),
             ),
+            dimension(
+                "affinity",
+                number(base.affinity),
+                Range::Number(-1.0, 0.25, |it, affinity| it.affinity = affinity),
+            ),
+            dimension("order", Value::Order(base.order), Range::Order),
         ];
         if blocks.len() > 1 {
             let first = Value::Blocks(first_block, last_block);
@@ -176,6 +186,7 @@ impl Space {
                     set(&mut settings, *it);
                 }
                 (Range::Whole(.., set), Some(Value::Whole(it))) => set(&mut settings, *it),
+                (Range::Order, Some(Value::Order(order))) => settings.order = *order,
                 (Range::Blocks(_), Some(Value::Blocks(first, last))) => {
                     settings.touches.blocks = Some((*first, *last));
                 }
@@ -218,6 +229,10 @@ impl Range {
             }
             Self::Number(low, high, _) => Value::Number(generator.random_range(*low..=*high)),
             Self::Whole(low, high, _) => Value::Whole(generator.random_range(*low..=*high)),
+            Self::Order => Value::Order(match generator.random_bool(0.5) {
+                true => Order::EasiestFirst,
+                false => Order::Seeded,
+            }),
             Self::Blocks(blocks) => {
                 let last = blocks.len() - 1;
                 if generator.random_bool(0.5) {
@@ -279,6 +294,7 @@ impl fmt::Display for Space {
                     write!(f, "{low}..{high}")?;
                 }
                 Range::Whole(low, high, _) => write!(f, "{low}..{high}")?,
+                Range::Order => f.write_str("seeded or easiest-first")?,
                 Range::Blocks(blocks) => {
                     write!(f, "{}..{}", blocks[0], blocks[blocks.len() - 1])?;
                 }
@@ -297,9 +313,13 @@ impl fmt::Display for Value {
         match self {
             Self::Whole(count) => write!(f, "{count}"),
             Self::Number(number) => write!(f, "{number:.3}"),
+            Self::Order(Order::Seeded) => f.write_str("seeded"),
+            Self::Order(Order::EasiestFirst) => f.write_str("easiest-first"),
             Self::Blocks(first, last) => write!(f, "{first}-{last}"),
             Self::Modules(names) => {
-                let names = names.iter().map(|it| it.strip_suffix("_proj").unwrap_or(it));
+                let names = names
+                    .iter()
+                    .map(|it| it.strip_suffix("_proj").unwrap_or(it));
                 f.write_str(&names.collect::<Vec<_>>().join("+"))
             }
         }
@@ -363,6 +383,7 @@ mod tests {
             && settings.repair_steps <= 8
             && (0.0..=1.0).contains(&settings.guard_share)
             && (0.25..=1.0).contains(&settings.learning_share)
+            && (-1.0..=0.25).contains(&settings.affinity)
             && first <= last
             && blocks.contains(&first)
             && blocks.contains(&last)
@@ -406,10 +427,7 @@ mod tests {
         let space = Space::of(&base, &targets(&["q_proj", "v_proj", "o_proj"], &[0, 1]));
         let mut first = space.apply(&space.first(), &base);
         assert_eq!(first.touches.blocks, Some((0, 1)));
-        assert_eq!(
-            first.touches.modules.clone().unwrap(),
-            ["q_proj", "v_proj"]
-        );
+        assert_eq!(first.touches.modules.clone().unwrap(), ["q_proj", "v_proj"]);
         first.touches = base.touches.clone();
         assert_eq!(first, base);
     }
@@ -420,7 +438,7 @@ mod tests {
             let said = Space::of(base, &targets(modules, &[0, 7])).to_string();
             said.strip_prefix(
                 "alpha 0.25..4, cap 1.25..6, gain 0.25..3, steps 2..16, repair_steps 0..8, \
-                 guard_share 0..1, learning_share 0.25..1, blocks 0..7",
+                 guard_share 0..1, learning_share 0.25..1, affinity -1..0.25, order seeded or easiest-first, blocks 0..7",
             )
             .map(str::to_owned)
             .unwrap_or(said)
