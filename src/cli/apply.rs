@@ -143,8 +143,10 @@ pub(super) fn from_file(
         files: Some(written.files_json()),
         ..Report::of(command)
     };
-    reporter.result(report, &table)?;
-    evaluation.map_or(Ok(()), |evaluation| evaluation.require_met())
+    match evaluation.map_or(Ok(()), |evaluation| evaluation.require_met()) {
+        Ok(()) => reporter.result(report, &table),
+        Err(failure) => reporter.rejected(report, &table, failure),
+    }
 }
 
 /// What a manifest tells of the perturbation that was applied: how it was made.

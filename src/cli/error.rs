@@ -55,6 +55,8 @@ pub(crate) struct Failure {
     pub(crate) hint: Option<String>,
     /// What was found out all the same, for machines.
     pub(crate) found: Option<Value>,
+    /// Whether machines were told of it already, with a result.
+    pub(crate) told: bool,
 }
 
 impl Failure {
@@ -65,6 +67,7 @@ impl Failure {
             because: None,
             hint: None,
             found: None,
+            told: false,
         }
     }
 

@@ -67,15 +67,14 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
         evaluation.judge()
     ));
     findings.describe(&mut table);
-    if let Err(failure) = findings.require_met() {
-        reporter.partial(&table);
-        return Err(failure);
-    }
     let report = Report {
         found: Some(findings.to_json()),
         ..Report::of(COMMAND)
     };
-    reporter.result(report, &table)
+    match findings.require_met() {
+        Ok(()) => reporter.result(report, &table),
+        Err(failure) => reporter.rejected(report, &table, failure),
+    }
 }
 
 fn of_model(

@@ -489,7 +489,7 @@ impl Findings {
         .because(reasons.join("; "))
         .hint(match impossible {
             true => "what was not measured counts as not met",
-            false => "see the figures above",
+            false => "the figures are those above; --report FILE.html tells more",
         })
         .found(self.to_json()))
     }

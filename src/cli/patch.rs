@@ -148,8 +148,10 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         files: Some(written.files_json()),
         ..Report::of(COMMAND)
     };
-    reporter.result(report, &table)?;
-    evaluation.map_or(Ok(()), |evaluation| evaluation.require_met())
+    match evaluation.map_or(Ok(()), |evaluation| evaluation.require_met()) {
+        Ok(()) => reporter.result(report, &table),
+        Err(failure) => reporter.rejected(report, &table, failure),
+    }
 }
 
 /// What an adapter's base is needed for, beside searches that compute.
