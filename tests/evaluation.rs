@@ -115,7 +115,7 @@ fn nothing_is_written_when_a_gate_is_not_met() {
     assert!(
         fs::read_to_string(sandbox.path("s.md"))
             .unwrap()
-            .contains("hs<=5")
+            .contains(r"hs\<=5")
     );
 }
 
