@@ -81,9 +81,6 @@ impl PatchEvaluation {
                     .hint(format!("pass --gate or --report, or leave out `{flag}`"))),
             };
         }
-        if args.writing.dry_run {
-            return Ok(None);
-        }
         let sets = &args.evaluation;
         let paths = EvalPaths {
             harmful: sets.eval_harmful.clone(),
@@ -99,7 +96,10 @@ impl PatchEvaluation {
         };
         let template = args.data.template.unwrap_or_default();
         let told = (&args.judging, &args.telling);
-        let evaluation = Evaluation::prepare(&paths, template, told, overwrite, &inputs)?
+        // A dry run writes nothing.
+        let journal = args.judging.journal.as_deref();
+        let journal = journal.filter(|_| !args.writing.dry_run);
+        let evaluation = Evaluation::prepare(&paths, template, told, journal, overwrite, &inputs)?
             .demanding(&args.telling.gate, Answering::Here, true, &FLAGS)?;
         Ok(Some(Self {
             evaluation,
