@@ -143,10 +143,7 @@ pub(super) fn from_file(
         files: Some(written.files_json()),
         ..Report::of(command)
     };
-    match evaluation.map_or(Ok(()), |evaluation| evaluation.require_met()) {
-        Ok(()) => reporter.result(report, &table),
-        Err(failure) => reporter.rejected(report, &table, failure),
-    }
+    PatchEvaluation::result(evaluation.as_ref(), report, &table, reporter)
 }
 
 /// What a manifest tells of the perturbation that was applied: how it was made.

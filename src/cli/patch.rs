@@ -148,10 +148,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         files: Some(written.files_json()),
         ..Report::of(COMMAND)
     };
-    match evaluation.map_or(Ok(()), |evaluation| evaluation.require_met()) {
-        Ok(()) => reporter.result(report, &table),
-        Err(failure) => reporter.rejected(report, &table, failure),
-    }
+    PatchEvaluation::result(evaluation.as_ref(), report, &table, reporter)
 }
 
 /// What an adapter's base is needed for, beside searches that compute.

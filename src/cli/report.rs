@@ -15,8 +15,9 @@ use serde_json::{Map, Value, json};
 use super::args::RunArgs;
 use super::error::{Exit, Failure};
 
+pub(super) use panacea_patch::number::four_digits as number;
 pub(super) use progress::{CopyWatch, EvalWatch, Saver, StepWatch};
-pub(super) use table::{Table, bar, bytes, number, percent};
+pub(super) use table::{Table, bar, bytes, percent};
 
 /// Where words go.
 #[derive(Clone, Debug)]

@@ -17,7 +17,7 @@ use crate::cli::args::PatchArgs;
 use crate::cli::error::Failure;
 use crate::cli::model::Model;
 use crate::cli::output::byproduct;
-use crate::cli::report::{Reporter, Table};
+use crate::cli::report::{Report, Reporter, Table};
 
 /// An evaluation that was asked for with a patch.
 pub(in crate::cli) struct PatchEvaluation {
@@ -198,17 +198,23 @@ impl PatchEvaluation {
         }
     }
 
-    /// A failure where a gate is not met, for a result that was written all the same.
+    /// Prints the result of what was written.
     ///
     /// # Errors
-    /// That failure.
-    pub(in crate::cli) fn require_met(&self) -> Result<(), Failure> {
-        match &self.found {
-            None => Ok(()),
-            Some(found) => found
-                .findings
-                .require_met()
-                .map_err(|failure| failure.hint("the patched checkpoint was written all the same")),
+    /// When a gate is not met all the same, or stdout cannot be written to.
+    pub(in crate::cli) fn result(
+        evaluation: Option<&Self>,
+        report: Report,
+        table: &Table,
+        reporter: &Reporter,
+    ) -> Result<(), Failure> {
+        let found = evaluation.and_then(Self::found);
+        match found.map_or(Ok(()), |found| found.findings.require_met()) {
+            Ok(()) => reporter.result(report, table),
+            Err(failure) => {
+                let failure = failure.hint("the patched checkpoint was written all the same");
+                reporter.rejected(report, table, failure)
+            }
         }
     }
 }
