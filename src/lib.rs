@@ -52,6 +52,7 @@ pub mod data;
 pub mod eval;
 pub mod manifest;
 pub mod model;
+pub mod number;
 pub mod optimize;
 pub mod report;
 pub mod resume;

@@ -101,7 +101,12 @@ fn nothing_is_written_when_a_gate_is_not_met() {
 
     let told = "--report r.html --junit r.xml --summary s.md";
     let (code, kept) = report(&sandbox, &format!("{noise} -o out --keep-failed {told}"));
-    assert_eq!((code, kept["exit_code"].as_u64()), (1, Some(0)));
+    assert_eq!((code, kept["exit_code"].as_u64()), (1, Some(1)));
+    assert!(
+        kept["files"]
+            .as_array()
+            .is_some_and(|files| files.len() == 6)
+    );
     sandbox.run("verify out");
     let junit = fs::read_to_string(sandbox.path("r.xml")).unwrap();
     assert!(junit.contains("failures=\"1\""), "{junit}");
@@ -110,7 +115,7 @@ fn nothing_is_written_when_a_gate_is_not_met() {
     assert!(
         fs::read_to_string(sandbox.path("s.md"))
             .unwrap()
-            .contains("hs<=5")
+            .contains(r"hs\<=5")
     );
 }
 

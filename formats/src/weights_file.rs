@@ -1,6 +1,8 @@
 //! One file of weights, whichever format it has.
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 
 use crate::digest::Sha256;
@@ -20,11 +22,13 @@ pub enum WeightsFile {
 }
 
 impl WeightsFile {
-    /// Opens `path` by its extension: `.gguf`, or else as safetensors.
+    /// Opens `path` as GGUF if it is called `.gguf` or begins as such a file does, else as safetensors, whose first bytes cannot be these: they
+    /// would be a header's length far above what is read.
     pub(crate) fn open(path: &Path) -> Result<Self, FormatError> {
-        match path.extension().and_then(OsStr::to_str) {
-            Some("gguf") => GgufFile::open(path).map(Self::Gguf),
-            _ => SafetensorsFile::open(path).map(Self::Safetensors),
+        let is_called_so = path.extension().and_then(OsStr::to_str) == Some("gguf");
+        match is_called_so || begins_as_gguf(path) {
+            true => GgufFile::open(path).map(Self::Gguf),
+            false => SafetensorsFile::open(path).map(Self::Safetensors),
         }
     }
 
@@ -110,4 +114,11 @@ impl WeightsFile {
             Self::Safetensors(file) => file.release(),
         }
     }
+}
+
+/// Whether the file begins with GGUF's magic number. One that cannot be read does not; whoever opens it says why.
+fn begins_as_gguf(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    read.is_ok() && magic == *b"GGUF"
 }

@@ -143,8 +143,7 @@ pub(super) fn from_file(
         files: Some(written.files_json()),
         ..Report::of(command)
     };
-    reporter.result(report, &table)?;
-    evaluation.map_or(Ok(()), |evaluation| evaluation.require_met())
+    PatchEvaluation::result(evaluation.as_ref(), report, &table, reporter)
 }
 
 /// What a manifest tells of the perturbation that was applied: how it was made.

@@ -3,6 +3,8 @@
 //! In: the typed errors of the stages. Out: a [`Failure`]. The libraries' errors say what was found and where; what to do about it
 //! is added here, because only here the flags are known. A hint never suggests what the user has already done.
 
+mod evaluation;
+
 use std::error::Error;
 use std::io;
 use std::path::Path;
@@ -14,10 +16,6 @@ use panacea_formats::{
 };
 use panacea_patch::apply::{ApplyError, MergeError};
 use panacea_patch::data::{DataError, DataErrorKind, EncodeError, RowProblem};
-use panacea_patch::eval::answer::AnswerError;
-use panacea_patch::eval::journal::JournalError;
-use panacea_patch::eval::judge::{JudgeError, JudgeTemplateError};
-use panacea_patch::eval::suite::SuiteError;
 use panacea_patch::manifest::{
     FileNameError, KeyError, SignError, StatementError, TreeError, VerifyError,
 };
@@ -55,6 +53,8 @@ pub(crate) struct Failure {
     pub(crate) hint: Option<String>,
     /// What was found out all the same, for machines.
     pub(crate) found: Option<Value>,
+    /// Whether machines were told of it already, with a result.
+    pub(crate) told: bool,
 }
 
 impl Failure {
@@ -65,6 +65,7 @@ impl Failure {
             because: None,
             hint: None,
             found: None,
+            told: false,
         }
     }
 
@@ -480,65 +481,6 @@ impl From<OptimizeError> for Failure {
                 .hint("leave out --resume to start from the beginning"),
             other => Self::doing(Exit::Refused, what, &other),
         }
-    }
-}
-
-impl From<SuiteError> for Failure {
-    fn from(error: SuiteError) -> Self {
-        match error {
-            SuiteError::Encode(error) => error.into(),
-            SuiteError::Journal(error) => error.into(),
-            SuiteError::Loss(OptimizeError::Interrupted) => Self::interrupted(),
-            other => Self::doing(Exit::Refused, "the model cannot be evaluated", &other),
-        }
-    }
-}
-
-impl From<JournalError> for Failure {
-    fn from(error: JournalError) -> Self {
-        let what = "the model cannot be evaluated";
-        match error {
-            JournalError::Interrupted
-            | JournalError::Answer(AnswerError::Interrupted)
-            | JournalError::Judge(JudgeError::Interrupted) => Self::interrupted(),
-            JournalError::Answer(AnswerError::Encode(error)) => error.into(),
-            JournalError::Answer(error @ AnswerError::Server { .. }) => {
-                Self::doing(Exit::Environment, "the server does not answer", &error)
-                    .hint("with --journal, answers that it gave are kept for the next run")
-            }
-            JournalError::Judge(error) => error.into(),
-            JournalError::Io { ref source, .. } => Self::of(exit_of(source), &error),
-            JournalError::Locked { .. } => {
-                Self::of(Exit::Environment, &error).hint("wait for it, or name another --journal")
-            }
-            JournalError::Malformed { .. } | JournalError::NoJournal { .. } => {
-                Self::of(Exit::Refused, &error)
-                    .hint("name another file with --journal, or delete this one")
-            }
-            other => Self::doing(Exit::Refused, what, &other),
-        }
-    }
-}
-
-impl From<JudgeError> for Failure {
-    fn from(error: JudgeError) -> Self {
-        match error {
-            JudgeError::Interrupted => Self::interrupted(),
-            JudgeError::Checkpoint(error) => error.into(),
-            JudgeError::NoEndpoint => {
-                Self::of(Exit::Usage, &error).hint("name the server with --judge-endpoint")
-            }
-            JudgeError::NoEffect { .. } => {
-                Self::of(Exit::Usage, &error).hint("leave it out, or choose another --judge")
-            }
-            other => Self::doing(Exit::Refused, "the judge cannot be used", &other),
-        }
-    }
-}
-
-impl From<JudgeTemplateError> for Failure {
-    fn from(error: JudgeTemplateError) -> Self {
-        Self::doing(Exit::Refused, "the judge's template cannot be used", &error)
     }
 }
 

@@ -38,13 +38,20 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
     }
     let told = (&args.judging, &args.telling);
     let template = args.sets.template.unwrap_or_default();
-    let mut evaluation = Evaluation::prepare(&paths, template, told, overwrite, &inputs)?
-        .demanding(
-            &args.telling.gate,
-            answering,
-            args.against.is_some(),
-            &FLAGS,
-        )?;
+    let mut evaluation = Evaluation::prepare(
+        &paths,
+        template,
+        told,
+        args.judging.journal.as_deref(),
+        overwrite,
+        &inputs,
+    )?
+    .demanding(
+        &args.telling.gate,
+        answering,
+        args.against.is_some(),
+        &FLAGS,
+    )?;
     interrupt::listen()?;
     let findings = match &args.endpoint.endpoint {
         Some(address) => of_server(args, address, &mut evaluation, reporter)?,
@@ -67,15 +74,14 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
         evaluation.judge()
     ));
     findings.describe(&mut table);
-    if let Err(failure) = findings.require_met() {
-        reporter.partial(&table);
-        return Err(failure);
-    }
     let report = Report {
         found: Some(findings.to_json()),
         ..Report::of(COMMAND)
     };
-    reporter.result(report, &table)
+    match findings.require_met() {
+        Ok(()) => reporter.result(report, &table),
+        Err(failure) => reporter.rejected(report, &table, failure),
+    }
 }
 
 fn of_model(

@@ -3,6 +3,7 @@
 //! In: flags, and models. Out: an [`Evaluation`], with every set, judge and gate read and understood before any work is done; from it the
 //! scores of models, and what is told of them: tables, gates, JSON, JUnit XML, a Markdown summary, the report.
 
+mod findings;
 mod page;
 mod patched;
 
@@ -17,26 +18,26 @@ use panacea_patch::data::{
 use panacea_patch::eval::answer::endpoint::{Address, ApiKey, Form};
 use panacea_patch::eval::answer::{Answerer, Endpoint, EndpointSettings};
 use panacea_patch::eval::figure::Measure;
-use panacea_patch::eval::gate::{Bound, Finding, Gate, Verdict};
+use panacea_patch::eval::gate::{Bound, Gate};
 use panacea_patch::eval::journal::Journal;
 use panacea_patch::eval::judge::{Judge, JudgeChoice, JudgeSettings, JudgeTemplate};
 use panacea_patch::eval::junit::junit;
-use panacea_patch::eval::scores::{Comparison, Scores};
+use panacea_patch::eval::scores::Comparison;
 use panacea_patch::eval::suite::{Computed, Scored, Subject, Suite, TaskItems};
 use panacea_patch::eval::summary::summary;
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{Config, Decoder, TargetSelection, TargetTensors};
 use panacea_patch::report::Page;
-use serde_json::{Value, json};
 
 use super::args::{JudgingArgs, TellingArgs};
 use super::error::{Exit, Failure};
 use super::find::side_inputs;
 use super::interrupt;
 use super::model::Model;
-use super::report::{EvalWatch, Reporter, Table};
+use super::report::{EvalWatch, Reporter};
 use super::settings::name_without_folders;
 
+pub(super) use findings::Findings;
 pub(super) use page::{add_search, add_written};
 pub(super) use patched::{Control, PatchEvaluation, PatchFindings};
 
@@ -126,15 +127,6 @@ impl<'m> Loaded<'m> {
     }
 }
 
-/// The scores of one model, and of another where there is one, with what is demanded of them.
-pub(super) struct Findings {
-    pub(super) scored: Scored,
-    /// Those of the model that it is compared with; of results in a file without what was said.
-    pub(super) before: Option<Scored>,
-    pub(super) comparison: Option<Comparison>,
-    pub(super) verdicts: Vec<Verdict>,
-}
-
 /// Who answers, as far as it decides what can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answering {
@@ -153,6 +145,7 @@ impl Evaluation {
         paths: &EvalPaths,
         template: TemplateChoice,
         (judging, telling): (&JudgingArgs, &TellingArgs),
+        journal: Option<&Path>,
         overwrite: Overwrite,
         inputs: &[&Path],
     ) -> Result<Self, Failure> {
@@ -219,11 +212,11 @@ impl Evaluation {
                 benign: benign.rows,
             },
             judge: judge(judging)?,
-            journal: match &judging.journal {
+            journal: match journal {
                 None => Journal::none(),
                 Some(path) => Journal::open(path).map_err(Failure::from)?,
             },
-            keeps: judging.journal.is_some(),
+            keeps: journal.is_some(),
             template,
             gates: Vec::new(),
             telling,
@@ -462,119 +455,6 @@ impl Evaluation {
 pub(super) struct EvalFlags {
     pub(super) harmful: &'static str,
     pub(super) task: &'static str,
-}
-
-impl Findings {
-    /// A failure that names the gates which are not met; none if all are.
-    ///
-    /// # Errors
-    /// That failure.
-    pub(super) fn require_met(&self) -> Result<(), Failure> {
-        let failed: Vec<&Verdict> = self.verdicts.iter().filter(|it| !it.is_met()).collect();
-        if failed.is_empty() {
-            return Ok(());
-        }
-        let reasons: Vec<String> = failed.iter().map(ToString::to_string).collect();
-        let impossible = failed
-            .iter()
-            .any(|it| matches!(it.finding, Finding::Impossible(_)));
-        Err(Failure::new(
-            Exit::SaidNo,
-            format!(
-                "{} of {} gates are not met",
-                failed.len(),
-                self.verdicts.len()
-            ),
-        )
-        .because(reasons.join("; "))
-        .hint(match impossible {
-            true => "what was not measured counts as not met",
-            false => "see the figures above",
-        })
-        .found(self.to_json()))
-    }
-
-    /// What machines read.
-    pub(super) fn to_json(&self) -> Value {
-        let estimates = |scores: &Scores| -> Value {
-            let of = |measure: Measure| Some((measure.name(), scores.estimate(measure)?));
-            let all = Measure::ALL.into_iter().filter_map(of);
-            all.map(|(name, estimate)| (name.to_owned(), json!(estimate)))
-                .collect()
-        };
-        json!({
-            "estimates": estimates(&self.scored.scores),
-            "scores": self.scored.scores,
-            "before": self.before.as_ref().map(|it| json!({
-                "estimates": estimates(&it.scores),
-                "scores": it.scores,
-            })),
-            "comparison": self.comparison,
-            "gates": self.verdicts,
-        })
-    }
-
-    /// What a manifest keeps: figures and verdicts, without rows.
-    fn summary_json(&self, judge: &str) -> Value {
-        json!({
-            "judge": judge,
-            "comparison": self.comparison.as_ref().map(|it| json!(it.measures)),
-            "gates": self.verdicts,
-        })
-    }
-
-    /// What people read.
-    pub(super) fn describe(&self, table: &mut Table) {
-        let scores = &self.scored.scores;
-        let mut lines = Vec::new();
-        match &self.comparison {
-            None => {
-                lines.push(
-                    ["figure", "value [95%]", "rows"]
-                        .map(str::to_owned)
-                        .to_vec(),
-                );
-                for measure in Measure::ALL {
-                    if let Some(estimate) = scores.estimate(measure) {
-                        let rows = estimate.n.to_string();
-                        lines.push(vec![measure.to_string(), estimate.written(measure), rows]);
-                    }
-                }
-            }
-            Some(comparison) => {
-                let heads = ["figure", "before [95%]", "after [95%]", "change [95%]", "p"];
-                lines.push(heads.map(str::to_owned).to_vec());
-                for compared in &comparison.measures {
-                    let measure = compared.measure;
-                    let written = |estimate: Option<panacea_patch::eval::figure::Estimate>| {
-                        estimate.map_or(String::new(), |it| it.written(measure))
-                    };
-                    let change = compared.change.map(|it| (it.written(measure), it.p));
-                    let (change, p) = change.map_or(Default::default(), |(text, p)| {
-                        (text, super::report::number(p))
-                    });
-                    lines.push(vec![
-                        measure.to_string(),
-                        written(compared.before),
-                        written(compared.after),
-                        change,
-                        p,
-                    ]);
-                }
-            }
-        }
-        table.list(lines);
-        for verdict in &self.verdicts {
-            let met = match verdict.is_met() {
-                true => "met",
-                false => "NOT MET",
-            };
-            table.row(
-                format!("gate {}", verdict.gate),
-                format!("{met}: {}", verdict.reason()),
-            );
-        }
-    }
 }
 
 /// The set at `path`, or the built-in one.

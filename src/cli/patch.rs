@@ -150,8 +150,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         files: Some(written.files_json()),
         ..Report::of(COMMAND)
     };
-    reporter.result(report, &table)?;
-    evaluation.map_or(Ok(()), |evaluation| evaluation.require_met())
+    PatchEvaluation::result(evaluation.as_ref(), report, &table, reporter)
 }
 
 /// What an adapter's base is needed for, beside searches that compute.

@@ -15,8 +15,9 @@ use serde_json::{Map, Value, json};
 use super::args::RunArgs;
 use super::error::{Exit, Failure};
 
+pub(super) use panacea_patch::number::four_digits as number;
 pub(super) use progress::{CopyWatch, EvalWatch, Saver, StepWatch};
-pub(super) use table::{Table, bar, bytes, number, percent};
+pub(super) use table::{Table, bar, bytes, percent};
 
 /// Where words go.
 #[derive(Clone, Debug)]
@@ -121,6 +122,29 @@ impl Reporter {
         }
     }
 
+    /// Prints a result that a check said no to: as [`Self::result`], with the failure in the report for machines. The failure is given back, for
+    /// people to read after the result.
+    ///
+    /// # Errors
+    /// The failure, or that stdout cannot be written to.
+    pub(super) fn rejected(
+        &self,
+        report: Report,
+        table: &Table,
+        failure: Failure,
+    ) -> Result<(), Failure> {
+        let report = Report {
+            exit_code: failure.exit as u8,
+            error: Some(failure_json(&failure)),
+            ..report
+        };
+        self.result(report, table)?;
+        Err(Failure {
+            told: true,
+            ..failure
+        })
+    }
+
     /// Prints, for people, what was found before a failure that ends the work.
     pub(super) fn partial(&self, table: &Table) {
         if !self.json {
@@ -140,7 +164,7 @@ impl Reporter {
     /// Prints a failure, and for machines the report that it ends.
     pub(super) fn failure(&self, command: &'static str, failure: &Failure) {
         print_failure(failure, self.terminal);
-        if self.json {
+        if self.json && !failure.told {
             let report = Report {
                 exit_code: failure.exit as u8,
                 found: failure.found.clone(),

@@ -146,11 +146,13 @@ fn refused(error: VerifyError, args: &VerifyArgs, reporter: &Reporter) -> Failur
         let reasons = [Some(failure.error), failure.because];
         let reasons: Vec<String> = reasons.into_iter().flatten().collect();
         return Failure {
-            error: format!("`{}` is not verified", args.path.display()),
-            because: Some(reasons.join(": ")),
             hint: failure.hint,
-            exit: failure.exit,
             found: failure.found,
+            ..Failure::new(
+                failure.exit,
+                format!("`{}` is not verified", args.path.display()),
+            )
+            .because(reasons.join(": "))
         };
     };
     let lists = [

@@ -11,6 +11,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::number::four_digits;
+
 /// What a figure tells of a checkpoint.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -110,8 +112,8 @@ impl Measure {
     /// `value`, which is in this measure's unit, as people read it: four significant digits, and the sign of percent.
     pub fn written(self, value: f64) -> String {
         match self.unit() {
-            Unit::Percent => format!("{}%", number(value)),
-            Unit::NatsPerToken | Unit::Bare => number(value),
+            Unit::Percent => format!("{}%", four_digits(value)),
+            Unit::NatsPerToken | Unit::Bare => four_digits(value),
         }
     }
 
@@ -119,8 +121,8 @@ impl Measure {
     pub fn written_change(self, change: f64) -> String {
         let sign = if change > 0.0 { "+" } else { "" };
         match self.unit() {
-            Unit::Percent => format!("{sign}{} points", number(change)),
-            Unit::NatsPerToken | Unit::Bare => format!("{sign}{}", number(change)),
+            Unit::Percent => format!("{sign}{} points", four_digits(change)),
+            Unit::NatsPerToken | Unit::Bare => format!("{sign}{}", four_digits(change)),
         }
     }
 
@@ -128,7 +130,7 @@ impl Measure {
     pub(super) fn brief(self, value: f64) -> String {
         match self.unit() {
             Unit::Percent => format!("{value:.1}"),
-            Unit::NatsPerToken | Unit::Bare => number(value),
+            Unit::NatsPerToken | Unit::Bare => four_digits(value),
         }
     }
 
@@ -394,21 +396,6 @@ pub(super) fn ratio(terms: impl Iterator<Item = (f64, f64)>) -> f64 {
 )]
 pub(super) fn percent(count: usize, n: usize) -> f64 {
     100.0 * count as f64 / n as f64
-}
-
-/// A measured number in four significant digits.
-fn number(value: f64) -> String {
-    let size = value.abs();
-    if value == 0.0 {
-        return "0".to_owned();
-    }
-    if !(1e-4..1e6).contains(&size) {
-        return format!("{value:.3e}");
-    }
-    #[expect(clippy::cast_possible_truncation, reason = "between -4 and 6")]
-    let digits_before = size.log10().floor() as i32 + 1;
-    let digits_after = usize::try_from(4 - digits_before).unwrap_or(0);
-    format!("{value:.digits_after$}")
 }
 
 /// What measures are called elsewhere.

@@ -57,7 +57,7 @@ impl Judge for Ruler {
     fn judge(
         &mut self,
         exchanges: &[Exchange<'_>],
-        each: &mut judge::Each<'_>,
+        each: &mut crate::eval::judge::Each<'_>,
     ) -> Result<(), JudgeError> {
         for (index, it) in exchanges.iter().enumerate() {
             self.asked += 1;

@@ -2,6 +2,7 @@
 //!
 //! In: a decoder and encoded rows. Out: for each row a sum over its predicted tokens, in nats.
 
+use rayon::prelude::*;
 use thiserror::Error;
 
 use crate::model::{Decoder, EncodedRow, LossSum, Pack, PackError, Point, TargetTensors};
@@ -62,9 +63,9 @@ pub fn divergences(
             };
             let p = from.logits(point(from_delta), &pack)?;
             let q = of.logits(point(of_delta), &pack)?;
-            for (p, q) in p.chunks_exact(size).zip(q.chunks_exact(size)) {
-                sum += LossSum::of_token(divergence(p, q));
-            }
+            let positions = p.par_chunks_exact(size).zip(q.par_chunks_exact(size));
+            let of_each: Vec<f64> = positions.map(|(p, q)| divergence(p, q)).collect();
+            sum += of_each.into_iter().map(LossSum::of_token).sum();
         }
         sums.push(sum);
     }

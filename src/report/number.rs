@@ -1,21 +1,13 @@
 //! Numbers as the page shows them: few digits, a real minus sign, and a dash for what is no number.
 
+use crate::number::four_digits;
+
 /// A measured number in four significant digits.
 pub(super) fn number(value: f64) -> String {
-    let size = value.abs();
-    if !value.is_finite() {
-        return "–".to_owned();
+    match value.is_finite() {
+        true => signed(&four_digits(value)),
+        false => "–".to_owned(),
     }
-    if value == 0.0 {
-        return "0".to_owned();
-    }
-    if !(1e-4..1e6).contains(&size) {
-        return signed(&format!("{value:.3e}"));
-    }
-    #[expect(clippy::cast_possible_truncation, reason = "between -4 and 6")]
-    let digits_before = size.log10().floor() as i32 + 1;
-    let digits_after = usize::try_from(4 - digits_before).unwrap_or(0);
-    signed(&format!("{value:.digits_after$}"))
 }
 
 /// Decimal places that a column of numbers shares, so that its digits stand below one another.

@@ -167,6 +167,14 @@ pub(crate) struct JudgingArgs {
     pub(crate) journal: Option<PathBuf>,
 }
 
+/// Parses a gate, and says what may have been meant.
+fn gate(text: &str) -> Result<Gate, String> {
+    text.parse::<Gate>().map_err(|error| {
+        let hint = error.hint().map(|hint| format!("; {hint}"));
+        format!("{error}{}", hint.unwrap_or_default())
+    })
+}
+
 impl JudgingArgs {
     /// The first of these flags that was given.
     pub(crate) fn first_given(&self) -> Option<&'static str> {
@@ -194,7 +202,7 @@ pub(crate) struct TellingArgs {
     ///
     /// Measures are hs, hs_plus, fa, over_refusal, kl, perplexity, harmful_loss and task_loss; `hs.high<=12` is about the upper end of the 95%
     /// interval.
-    #[arg(long, value_name = "GATE", value_parser = explained::<Gate>)]
+    #[arg(long, value_name = "GATE", value_parser = gate)]
     pub(crate) gate: Vec<Gate>,
 
     /// Write a report to this HTML file, which needs nothing else.

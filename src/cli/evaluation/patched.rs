@@ -17,7 +17,7 @@ use crate::cli::args::PatchArgs;
 use crate::cli::error::Failure;
 use crate::cli::model::Model;
 use crate::cli::output::byproduct;
-use crate::cli::report::{Reporter, Table};
+use crate::cli::report::{Report, Reporter, Table};
 
 /// An evaluation that was asked for with a patch.
 pub(in crate::cli) struct PatchEvaluation {
@@ -81,9 +81,6 @@ impl PatchEvaluation {
                     .hint(format!("pass --gate or --report, or leave out `{flag}`"))),
             };
         }
-        if args.writing.dry_run {
-            return Ok(None);
-        }
         let sets = &args.evaluation;
         let paths = EvalPaths {
             harmful: sets.eval_harmful.clone(),
@@ -99,7 +96,10 @@ impl PatchEvaluation {
         };
         let template = args.data.template.unwrap_or_default();
         let told = (&args.judging, &args.telling);
-        let evaluation = Evaluation::prepare(&paths, template, told, overwrite, &inputs)?
+        // A dry run writes nothing.
+        let journal = args.judging.journal.as_deref();
+        let journal = journal.filter(|_| !args.writing.dry_run);
+        let evaluation = Evaluation::prepare(&paths, template, told, journal, overwrite, &inputs)?
             .demanding(&args.telling.gate, Answering::Here, true, &FLAGS)?;
         Ok(Some(Self {
             evaluation,
@@ -198,17 +198,23 @@ impl PatchEvaluation {
         }
     }
 
-    /// A failure where a gate is not met, for a result that was written all the same.
+    /// Prints the result of what was written.
     ///
     /// # Errors
-    /// That failure.
-    pub(in crate::cli) fn require_met(&self) -> Result<(), Failure> {
-        match &self.found {
-            None => Ok(()),
-            Some(found) => found
-                .findings
-                .require_met()
-                .map_err(|failure| failure.hint("the patched checkpoint was written all the same")),
+    /// When a gate is not met all the same, or stdout cannot be written to.
+    pub(in crate::cli) fn result(
+        evaluation: Option<&Self>,
+        report: Report,
+        table: &Table,
+        reporter: &Reporter,
+    ) -> Result<(), Failure> {
+        let found = evaluation.and_then(Self::found);
+        match found.map_or(Ok(()), |found| found.findings.require_met()) {
+            Ok(()) => reporter.result(report, table),
+            Err(failure) => {
+                let failure = failure.hint("the patched checkpoint was written all the same");
+                reporter.rejected(report, table, failure)
+            }
         }
     }
 }

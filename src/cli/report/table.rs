@@ -111,21 +111,6 @@ pub(in crate::cli) fn bytes(count: u64) -> String {
     }
 }
 
-/// A measured number in four significant digits.
-pub(in crate::cli) fn number(value: f64) -> String {
-    let size = value.abs();
-    if value == 0.0 || !value.is_finite() {
-        return value.to_string();
-    }
-    if !(1e-4..1e6).contains(&size) {
-        return format!("{value:.3e}");
-    }
-    #[expect(clippy::cast_possible_truncation, reason = "between -4 and 6")]
-    let digits_before = size.log10().floor() as i32 + 1;
-    let digits_after = usize::try_from(4 - digits_before).unwrap_or(0);
-    format!("{value:.digits_after$}")
-}
-
 /// A share as a percentage.
 pub(in crate::cli) fn percent(share: f64) -> String {
     format!("{:.1}%", 100.0 * share)
@@ -134,21 +119,6 @@ pub(in crate::cli) fn percent(share: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_keep_four_digits_at_any_size() {
-        for (value, text) in [
-            (0.0, "0"),
-            (1.0, "1.000"),
-            (-0.012_345_6, "-0.01235"),
-            (123.456, "123.5"),
-            (123_456.7, "123457"),
-            (1e-7, "1.000e-7"),
-            (2.5e9, "2.500e9"),
-        ] {
-            assert_eq!(number(value), text);
-        }
-    }
 
     #[test]
     fn lengths_change_their_unit_where_a_fourth_digit_would_begin() {
