@@ -41,7 +41,8 @@ impl Chat {
         let files = TokenizerFiles::in_directory(&directory).expect("a tokenizer");
         let encoder = Encoder::open(&files, TemplateChoice::Auto, 256, config.vocab_size)
             .expect("an encoder");
-        let encode = |rows: &[_]| encoder.encode(rows).expect("tokens");
+        // As many as a search divides, and no more.
+        let encode = |rows: &[_]| encoder.encode(&rows[..40]).expect("tokens");
         let rows = Rows {
             harmful: encode(&sets.harmful.rows),
             refusals: encode(&sets.refusals.rows),
@@ -170,7 +171,7 @@ fn a_resumed_search_ends_with_the_same_bits_on_any_number_of_threads() {
 fn the_chosen_point_is_as_good_as_the_default_settings_own() {
     let chat = Chat::open();
     for seed in 0..2 {
-        let settings = chat.settings(4, seed);
+        let settings = chat.settings(3, seed);
         let budget = settings.budget;
         let alone = SearchSettings {
             trials: 1,
@@ -191,7 +192,7 @@ fn the_chosen_point_is_as_good_as_the_default_settings_own() {
         assert!((result(&found, "delta_norm") / ours.rho - 1.0).abs() < 1e-5);
         assert!((result(&found, "kl") / ours.kl - 1.0).abs() < 1e-3);
         assert_eq!(result(&found, "refusing_after"), 1.0 - ours.complying);
-        assert_eq!(result(&found, "held_back"), 40.0);
+        assert_eq!(result(&found, "held_back"), 10.0);
     }
 }
 

@@ -144,7 +144,7 @@ mod tests {
         for (from, to) in [
             ("panacea-trials", "panacea-trails"),
             ("\"version\":1", "\"version\":2"),
-            ("\"steps\":3,", "\"steps\":-3,"),
+            ("\"steps\":3}\n", "\"steps\":-3}\n"),
             ("\"points\"", "\"point\""),
             ("{\"choice\":{}", "{"),
         ] {
