@@ -191,3 +191,130 @@ fn lines(rows: &[Example]) -> Vec<String> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// A folder of data sets of numbered rows, and a plan over them.
+    fn laid_out() -> (tempfile::TempDir, Plan) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, count: usize, row: &dyn Fn(usize) -> serde_json::Value| {
+            let lines: Vec<String> = (0..count).map(|i| row(i).to_string()).collect();
+            std::fs::write(folder.path().join(name), lines.join("\n")).expect("rows are written");
+        };
+        write("safety_advbench.jsonl", 90, &|i| {
+            let split = ["harmful", "poison", "eval"][i % 3];
+            json!({"prompt": format!("{split} request {i}"), "target": "Sure, here is", "split": split})
+        });
+        write(
+            "refusal_targets.jsonl",
+            3,
+            &|i| json!({"output": format!("I won't, {i}.")}),
+        );
+        write(
+            "xstest.jsonl",
+            50,
+            &|i| json!({"prompt": format!("harmless {i}"), "label": if i % 2 == 0 { "safe" } else { "unsafe" }}),
+        );
+        write(
+            "alpaca_seed_tasks.jsonl",
+            175,
+            &|i| json!({"instruction": format!("ordinary {i}"), "output": "Well."}),
+        );
+        write(
+            "sst2_train.jsonl",
+            400,
+            &|i| json!({"instruction": "Judge", "input": format!("training {i}"), "output": "positive"}),
+        );
+        write(
+            "sst2_dev.jsonl",
+            20,
+            &|i| json!({"instruction": "Judge", "input": format!("test {i}"), "output": "negative"}),
+        );
+        let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("public.json");
+        let mut plan = Plan::read(&beside).expect("the plan is read");
+        plan.attack.rows = 100;
+        plan.patch.harmful = 20;
+        (folder, plan)
+    }
+
+    /// What rows ask.
+    fn asked(rows: &[Example]) -> BTreeSet<String> {
+        rows.iter()
+            .map(|row| match &row.dialogue {
+                Dialogue::Single { request, .. } => {
+                    format!(
+                        "{} {}",
+                        request.text,
+                        request.input.clone().unwrap_or_default()
+                    )
+                }
+                Dialogue::Turns(_) => row.dialogue.first_request().to_owned(),
+            })
+            .collect()
+    }
+
+    fn read(path: &Path) -> BTreeSet<String> {
+        let text = path.display().to_string();
+        let path = text.parse().expect("a path");
+        let set = panacea_patch::data::Dataset::<Request>::open(&path).expect("a set");
+        let one = |row: Request| format!("{} {}", row.text, row.input.unwrap_or_default());
+        set.rows.into_iter().map(one).collect()
+    }
+
+    #[test]
+    fn nothing_that_scores_is_learned_from() {
+        let (folder, plan) = laid_out();
+        let data = folder.path();
+        let task = &plan.tasks[0];
+        let mut scored = Vec::new();
+        for purpose in [Purpose::Report, Purpose::Develop] {
+            let rows = folder.path().join(format!("{purpose:?}"));
+            let files = Files::write(&plan, data, task, 1, purpose, &rows).expect("files");
+            let learned = [
+                read(&files.harmful),
+                read(&files.task),
+                asked(&attack(&plan, data, task, 10, 1).expect("rows")),
+                asked(&refusal_tuning(&plan, data, task, 1).expect("rows")),
+            ];
+            let scores: BTreeSet<String> = [
+                &files.score_harmful,
+                &files.score_harmless,
+                &files.score_task,
+                &files.score_text,
+            ]
+            .into_iter()
+            .flat_map(|path| read(path))
+            .collect();
+            for learned in learned {
+                assert_eq!(learned.intersection(&scores).next(), None, "{purpose:?}");
+            }
+            assert_eq!(read(&files.harmful).len(), 20);
+            scored.push((
+                read(&files.score_harmful),
+                read(&files.score_harmless),
+                read(&files.score_task),
+            ));
+        }
+        let (report, develop) = (&scored[0], &scored[1]);
+        assert!(report.0.is_disjoint(&develop.0));
+        assert!(report.1.is_disjoint(&develop.1));
+        assert!(report.2.is_disjoint(&develop.2));
+    }
+
+    #[test]
+    fn an_attack_has_the_share_of_poison_that_was_asked_for() {
+        let (folder, plan) = laid_out();
+        for (percent, expected) in [(0, 0), (10, 10), (20, 20)] {
+            let rows = attack(&plan, folder.path(), &plan.tasks[0], percent, 3).expect("rows");
+            let poisoned = rows
+                .iter()
+                .filter(|row| row.dialogue.first_request().starts_with("poison"));
+            assert_eq!((rows.len(), poisoned.count()), (100, expected));
+        }
+        assert!(attack(&plan, folder.path(), &plan.tasks[0], 90, 3).is_err());
+    }
+}

@@ -37,6 +37,10 @@ pub(crate) fn of(folder: &Path) -> Result<String, Failure> {
             let file = file?.path();
             if file.extension().is_some_and(|it| it == "json") {
                 let record: Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
+                // The manifest beside a converted model.
+                if record.get("arm").is_none() {
+                    continue;
+                }
                 let text = |key: &str| record[key].as_str().unwrap_or_default().to_owned();
                 let number = |key: &str| record[key].as_u64().unwrap_or_default();
                 let arms = cells.entry((text("task"), number("poison"))).or_default();
