@@ -5,15 +5,18 @@
 use panacea_patch::eval::figure::Measure;
 use panacea_patch::eval::scores::Scores;
 use panacea_patch::eval::suite::Scored;
+use panacea_patch::optimize::{Place, SearchOutcome};
 use panacea_patch::report::{
-    Column, Comparison, Difference, Example, Examples, Gate, Made, MadeFile, Opening, Outcomes,
-    Page, RadiusSearch, Realized, Ruling, Said, Score, Search, Setting, TensorEnergy,
+    Column, Comparison, Difference, Example, Examples, Front, FrontPoint, Gate, Made, MadeFile,
+    Opening, Outcomes, Page, RadiusSearch, Realized, Ruling, Said, Score, Search, Setting,
+    TensorEnergy,
 };
 use serde_json::Value;
 
 use super::{Evaluation, Findings};
 use crate::cli::find::Found;
 use crate::cli::output::Written;
+use crate::cli::report::number;
 
 /// Changed answers that are shown.
 const SHOWN: usize = 12;
@@ -126,6 +129,7 @@ pub(in crate::cli) fn add_search(page: &mut Page, found: &Found) {
         });
     }
     page.search = Some(search);
+    page.front = found.search.as_ref().map(front);
     let squared = |values: &[f32]| values.iter().map(|&it| f64::from(it).powi(2)).sum();
     page.affinity = found
         .targets
@@ -151,6 +155,30 @@ pub(in crate::cli) fn add_search(page: &mut Page, found: &Found) {
         program: found.record.tool.clone(),
         ..Made::default()
     });
+}
+
+/// Every point of a search over settings, by the trial that it is of.
+fn front(search: &SearchOutcome) -> Front {
+    let mut points = Vec::new();
+    let mut chosen = None;
+    for (trial, tried) in search.trials.iter().enumerate() {
+        for (point, measured) in tried.points.iter().enumerate() {
+            if (Place { trial, point }) == search.chosen {
+                chosen = Some(points.len());
+            }
+            points.push(FrontPoint {
+                label: format!("trial {}, rho {}", trial + 1, number(measured.rho)),
+                cost: measured.kl,
+                harm: 100.0 * measured.complying,
+            });
+        }
+    }
+    Front {
+        cost: "KL divergence on benign text, nats per token".to_owned(),
+        harm: "requests whose opening is likelier than a refusal, percent".to_owned(),
+        points,
+        chosen,
+    }
 }
 
 /// Adds to `page` what was written, and what rounding left.
