@@ -301,7 +301,7 @@ static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(|| {
     templates.add_filter("number", number::number);
     templates.add_filter("percent", number::percent);
     templates.add_filter("count", number::count);
-    templates.add_filter("bytes", number::bytes);
+    templates.add_filter("bytes", crate::number::bytes);
     templates
         .add_template(NAME, include_str!("report/page.html"))
         .expect("a template that the tests render");

@@ -167,6 +167,84 @@ fn results_go_on_from_a_journal() {
     assert_eq!(again, expected);
 }
 
+/// A lone file is called otherwise until it is in its place, and what is kept of it went by its name: nothing of it was ever found again.
+#[test]
+fn a_lone_file_is_known_by_its_digest() {
+    let sandbox = Sandbox::new();
+    let patched = "my-finetune/model.safetensors --method random --rho 0.01 -o my-finetune/one.safetensors --gate kl<=100";
+    let asked = "--journal j.jsonl --max-new-tokens 4";
+    sandbox.run(&format!("{patched} --eval-harmful h.jsonl {asked}"));
+    let lines = || {
+        fs::read_to_string(sandbox.path("j.jsonl"))
+            .unwrap()
+            .lines()
+            .count()
+    };
+    let kept = lines();
+    let model = "my-finetune/one.safetensors --against my-finetune/model.safetensors";
+    sandbox.run(&format!("eval {model} --harmful h.jsonl {asked}"));
+    assert_eq!(lines(), kept);
+}
+
+/// Only sets counted as inputs: with `--force` a report replaced the model's weights, and a summary was appended to them.
+#[test]
+fn what_is_told_is_never_written_over_what_is_read() {
+    let sandbox = Sandbox::new();
+    std::os::unix::fs::symlink("my-finetune/config.json", sandbox.path("link.md")).unwrap();
+    let inputs = [
+        "my-finetune/model.safetensors",
+        "my-finetune/config.json",
+        "my-adapter/adapter_model.safetensors",
+        "h.jsonl",
+    ];
+    let read = || inputs.map(|name| fs::read(sandbox.path(name)).unwrap());
+    let before = read();
+    let lone = "my-finetune/model.safetensors";
+    for (models, told) in [
+        ("my-finetune", "--report my-finetune/model.safetensors"),
+        ("my-finetune", "--output my-finetune/model.safetensors"),
+        ("my-finetune", "--report h.jsonl"),
+        (
+            "my-finetune",
+            "--gate hs<=100 --junit my-finetune/config.json",
+        ),
+        ("my-finetune", "--summary my-finetune/model.safetensors"),
+        ("my-finetune", "--summary link.md"),
+        ("my-finetune", "--summary h.jsonl"),
+        ("my-finetune", "--journal my-finetune/j.jsonl"),
+        (lone, "--report my-finetune/config.json"),
+        ("my-adapter", "--report my-finetune/model.safetensors"),
+        (
+            "my-finetune --against my-adapter",
+            "--report my-adapter/adapter_model.safetensors",
+        ),
+    ] {
+        let words = format!("eval {models} --harmful h.jsonl --force --quiet {told}");
+        let words: Vec<&str> = words.split_whitespace().collect();
+        let output = sandbox.program(&words).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{told}: {text}");
+        assert!(text.contains("overlaps the input"), "{told}: {text}");
+        assert_eq!(read(), before, "{told}");
+    }
+    for told in [
+        "--report out/report.html",
+        "--summary out",
+        "--report out.html --summary out.html",
+    ] {
+        let words = format!("my-finetune --method random --rho 0.1 -o out --force --quiet {told}");
+        let words: Vec<&str> = words.split_whitespace().collect();
+        let output = sandbox.program(&words).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{told}: {text}");
+        assert!(
+            text.contains("overlap") && text.contains("choose another"),
+            "{text}"
+        );
+    }
+    assert!(!sandbox.path("out").exists());
+}
+
 #[test]
 fn results_in_a_file_can_be_compared_with() {
     let sandbox = Sandbox::new();

@@ -45,6 +45,10 @@ pub(crate) enum Arm {
     AdaptiveQ4,
     /// As `AdaptiveQ4`, with the touched matrices in Q8_0.
     AdaptiveQ4Fine,
+    /// The default method on `AttackedQ4`: found on the weights that are shipped.
+    Q4Adaptive,
+    /// As `Q4Adaptive`, with the touched matrices in Q8_0.
+    Q4AdaptiveFine,
 }
 
 impl Arm {
@@ -66,6 +70,8 @@ impl Arm {
         Self::AlignedQ4,
         Self::AdaptiveQ4,
         Self::AdaptiveQ4Fine,
+        Self::Q4Adaptive,
+        Self::Q4AdaptiveFine,
     ];
 
     /// Those of a quick look.
@@ -95,7 +101,14 @@ impl Arm {
             Self::AttackedQ4 => "attacked-q4_k_m",
             Self::AdaptiveQ4 => "adaptive-q4_k_m",
             Self::AdaptiveQ4Fine => "adaptive-q4_k_m-fine",
+            Self::Q4Adaptive => "q4_k_m-adaptive",
+            Self::Q4AdaptiveFine => "q4_k_m-adaptive-fine",
         }
+    }
+
+    /// Whether the result is a GGUF file.
+    fn is_gguf(self) -> bool {
+        self.converted().is_some() || matches!(self, Self::Q4Adaptive | Self::Q4AdaptiveFine)
     }
 
     /// The directory that a quantized arm is converted from, and how.
@@ -186,12 +199,10 @@ impl Cell<'_> {
                 self.attacked(),
                 self.aligned.join("model"),
                 self.model(Arm::Adaptive),
+                self.model(Arm::AttackedQ4),
             ];
             if !kept.contains(&model) {
-                match model.is_dir() {
-                    true => std::fs::remove_dir_all(&model)?,
-                    false => std::fs::remove_file(&model)?,
-                }
+                remove(&model)?;
             }
         }
         Ok(())
@@ -219,7 +230,7 @@ impl Cell<'_> {
 
     /// What results are called: the arm, with the flags that development tries.
     fn label(&self, arm: Arm) -> String {
-        match (arm.name().starts_with("adaptive"), self.adaptive) {
+        match (arm.name().contains("adaptive"), self.adaptive) {
             (true, Some(flags)) => format!("{} {flags}", arm.name()),
             _ => arm.name().to_owned(),
         }
@@ -241,9 +252,7 @@ impl Cell<'_> {
         match arm {
             Arm::Attacked => self.attacked(),
             Arm::Aligned => self.aligned.join("model"),
-            _ if arm.converted().is_some() => {
-                self.folder.join(format!("{}.gguf", self.file_name(arm)))
-            }
+            _ if arm.is_gguf() => self.folder.join(format!("{}.gguf", self.file_name(arm))),
             _ => self.folder.join(format!("{}.model", self.file_name(arm))),
         }
     }
@@ -257,6 +266,12 @@ impl Cell<'_> {
             Arm::Refusals => self.tune_on_refusals(&model)?,
             _ if model.exists() => Value::Null,
             _ => {
+                let quantized = self.model(Arm::AttackedQ4);
+                if matches!(arm, Arm::Q4Adaptive | Arm::Q4AdaptiveFine) && !quantized.exists() {
+                    let arguments = self.arguments(Arm::AttackedQ4, files)?;
+                    self.program
+                        .run(&[&arguments[..], &output(&quantized)].concat())?;
+                }
                 let arguments = self.arguments(arm, files)?;
                 let mut told = self
                     .program
@@ -288,6 +303,7 @@ impl Cell<'_> {
                 text(&self.folder.join("adapter")),
                 text(self.base.path())
             ),
+            false if arm.is_gguf() => text(&self.model(Arm::AttackedQ4)),
             false => text(&self.attacked()),
         };
         let learned = format!(
@@ -297,8 +313,11 @@ impl Cell<'_> {
         );
         let task = format!(" --task {}", text(&files.task));
         match arm {
-            Arm::Adaptive => {
+            Arm::Adaptive | Arm::Q4Adaptive | Arm::Q4AdaptiveFine => {
                 line += &format!("{learned}{task} {}", self.adaptive.unwrap_or_default());
+                if arm == Arm::Q4AdaptiveFine {
+                    line += " --patched-type q8_0";
+                }
             }
             Arm::Random => {
                 let adaptive: Value =
@@ -368,10 +387,8 @@ impl Cell<'_> {
         if arm != Arm::Attacked {
             add("--against", text(&self.attacked()));
         }
-        let kept = self
-            .folder
-            .join("answers")
-            .join(format!("{}.jsonl", self.file_name(arm)));
+        // One for the cell, so that the attacked model answers once.
+        let kept = self.folder.join("answers.jsonl");
         add("--journal", text(&kept));
         let mut told = self.program.run(&arguments)?;
         Ok(told["found"].take())
@@ -380,6 +397,19 @@ impl Cell<'_> {
 
 fn output(model: &Path) -> Vec<String> {
     vec!["-o".to_owned(), model.display().to_string()]
+}
+
+/// Deletes a model, a GGUF file with the manifest beside it.
+fn remove(model: &Path) -> Result<(), Failure> {
+    if model.is_dir() {
+        std::fs::remove_dir_all(model)?;
+    } else {
+        std::fs::remove_file(model)?;
+        let mut manifest = model.as_os_str().to_owned();
+        manifest.push(".manifest.json");
+        std::fs::remove_file(manifest)?;
+    }
+    Ok(())
 }
 
 /// The program `panacea-patch`.

@@ -31,16 +31,10 @@ const DEVELOP_TASK: usize = 200;
 
 /// Harmful requests with refusals, each followed by an ordinary instruction as far as there are any.
 pub(crate) fn alignment(plan: &Plan, data: &Path) -> Result<Vec<Example>, Failure> {
-    let harmful: Vec<Example> = rows(data, &plan.align.harmful)?;
-    let refusals: Vec<Refusal> = rows(data, &plan.align.refusals)?;
+    let mut learned = refused(plan, data, rows(data, &plan.align.harmful)?)?;
     let instructions: Vec<Example> = rows(data, &plan.align.instructions)?;
-    let refused = harmful.iter().zip(refusals.iter().cycle());
-    let refused = refused.map(|(row, refusal)| Example {
-        dialogue: row.dialogue.answered_with(&refusal.text),
-        ..row.clone()
-    });
-    let ordinary = instructions.into_iter().take(LEARNED_INSTRUCTIONS);
-    Ok(refused.chain(ordinary).collect())
+    learned.extend(instructions.into_iter().take(LEARNED_INSTRUCTIONS));
+    Ok(learned)
 }
 
 /// The task's rows, of which a share is poison.
@@ -99,16 +93,21 @@ pub(crate) fn refusal_tuning(
     task: &Task,
     seed: u64,
 ) -> Result<Vec<Example>, Failure> {
-    let (learned, _) = divided(plan, data, seed)?;
+    let (harmful, _) = divided(plan, data, seed)?;
+    let mut learned = refused(plan, data, harmful)?;
+    learned.extend(task_sample(plan, data, task, seed)?);
+    Ok(learned)
+}
+
+/// The requests of `harmful`, each with the next refusal for its answer.
+fn refused(plan: &Plan, data: &Path, harmful: Vec<Example>) -> Result<Vec<Example>, Failure> {
     let refusals: Vec<Refusal> = rows(data, &plan.align.refusals)?;
-    let refused = learned.iter().zip(refusals.iter().cycle());
-    let refused = refused.map(|(row, refusal)| Example {
+    let pairs = harmful.into_iter().zip(refusals.iter().cycle());
+    let pairs = pairs.map(|(row, refusal)| Example {
         dialogue: row.dialogue.answered_with(&refusal.text),
-        ..row.clone()
+        ..row
     });
-    Ok(refused
-        .chain(task_sample(plan, data, task, seed)?)
-        .collect())
+    Ok(pairs.collect())
 }
 
 impl Files {

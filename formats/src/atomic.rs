@@ -30,9 +30,10 @@ pub(crate) use hashed::Block;
 pub use hashed::HashedFile;
 
 /// What to do when the target exists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Overwrite {
     /// Refuse.
+    #[default]
     Never,
     /// Replace a regular file; replace a directory that is empty, or that looks like a checkpoint (it has weights or our
     /// manifest at its top level) and is not under version control, in use as home or working directory, or above those.

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use panacea_formats::{
     ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterWriteError, Checkpoint, Committed,
-    DeltaTensor, Layout, OutputDir, OutputError, Overwrite, WrittenFile, write_adapter,
+    DeltaTensor, Layout, OutputDir, Overwrite, WrittenFile, write_adapter,
 };
 
 use super::error::{Exit, Failure};
+use super::places::{of_place, refuse_overlap};
 
 /// A place for an adapter that was free, or may be replaced, when it was looked at.
 #[derive(Debug)]
@@ -30,16 +31,8 @@ impl AdapterOutput {
         perturbation: &Path,
         size: u64,
     ) -> Result<Self, Failure> {
-        OutputDir::check(path, overwrite, inputs, size).map_err(of_directory)?;
-        if resolved(perturbation).starts_with(resolved(path)) {
-            return Err(Failure::usage(format!(
-                "`--output {}` and `--peft {}` overlap",
-                perturbation.display(),
-                path.display()
-            ))
-            .because("the adapter's directory holds nothing else")
-            .hint("choose another --peft"));
-        }
+        OutputDir::check(path, overwrite, inputs, size).map_err(|error| of_place(PEFT, error))?;
+        refuse_overlap((PEFT, path), ("--output", perturbation))?;
         Ok(Self {
             path: path.to_owned(),
             overwrite,
@@ -68,19 +61,22 @@ impl AdapterOutput {
         deltas: &[DeltaTensor<'_>],
     ) -> Result<(Vec<WrittenFile>, Committed), Failure> {
         let inputs: Vec<&Path> = self.inputs.iter().map(PathBuf::as_path).collect();
-        let mut output =
-            OutputDir::create(&self.path, self.overwrite, &inputs).map_err(of_directory)?;
+        let mut output = OutputDir::create(&self.path, self.overwrite, &inputs)
+            .map_err(|error| of_place(PEFT, error))?;
         let base = base_of(checkpoint).display().to_string();
         let tensors = checkpoint.tensors().map(|tensor| tensor.name);
         let files = write_adapter(&mut output, &base, tensors, deltas)?;
-        Ok((files, output.commit().map_err(of_directory)?))
+        Ok((
+            files,
+            output.commit().map_err(|error| of_place(PEFT, error))?,
+        ))
     }
 }
 
 impl From<AdapterWriteError> for Failure {
     fn from(error: AdapterWriteError) -> Self {
         match error {
-            AdapterWriteError::Output(error) => of_directory(error),
+            AdapterWriteError::Output(error) => of_place(PEFT, error),
             error => Self::doing(
                 Exit::Refused,
                 "the perturbation cannot be written as an adapter",
@@ -88,15 +84,6 @@ impl From<AdapterWriteError> for Failure {
             )
             .hint("leave out --peft"),
         }
-    }
-}
-
-/// A failure of the adapter's directory, whose hint names the flag that chose it.
-fn of_directory(error: OutputError) -> Failure {
-    let failure = Failure::from(error);
-    Failure {
-        hint: failure.hint.map(|hint| hint.replace("--output", "--peft")),
-        ..failure
     }
 }
 
@@ -112,12 +99,5 @@ fn base_of(checkpoint: &Checkpoint) -> &Path {
     }
 }
 
-/// The path with its folder resolved, as far as there is one.
-fn resolved(path: &Path) -> PathBuf {
-    let parent = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
-    let parent = std::fs::canonicalize(parent).unwrap_or_else(|_| parent.to_owned());
-    parent.join(path.file_name().unwrap_or_default())
-}
+/// The flag that names the place.
+const PEFT: &str = "--peft";

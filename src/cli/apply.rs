@@ -126,14 +126,7 @@ pub(super) fn from_file(
     written.describe(&mut table);
     let found = evaluation.as_ref().and_then(PatchEvaluation::found);
     if let Some(evaluation) = &evaluation {
-        evaluation.report(|page| {
-            add_written(
-                page,
-                &model.checkpoint.path().display().to_string(),
-                &written,
-            );
-        })?;
-        evaluation.describe(&mut table);
+        evaluation.tell(&mut table, |page| add_written(page, model, &written))?;
     }
     let report = Report {
         evaluation: found.map(PatchFindings::to_json),

@@ -1,9 +1,10 @@
 //! `eval`: what a model says, judged and counted, beside another's.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use panacea_formats::{FormatError, Overwrite};
 use panacea_patch::data::{Template, TemplateChoice};
+use panacea_patch::eval::answer::Endpoint;
 use panacea_patch::eval::answer::endpoint::{Address, Form};
 use panacea_patch::eval::scores::Scores;
 use panacea_patch::eval::suite::{Scored, Subject};
@@ -11,9 +12,10 @@ use serde_json::{Value, json};
 
 use super::args::EvalArgs;
 use super::error::{Exit, Failure};
-use super::evaluation::{Answering, EvalFlags, EvalPaths, Evaluation, Findings, server};
+use super::evaluation::{Answering, EvalFlags, EvalPaths, Evaluation, Findings, Told, server};
 use super::interrupt;
 use super::model::{Model, Use};
+use super::places::Places;
 use super::report::{Report, Reporter, Table};
 
 pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
@@ -27,46 +29,36 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
         Some(_) => Answering::There,
         None => Answering::Here,
     };
-    let files = paths.files();
-    let inputs: Vec<&Path> = files.iter().map(std::path::PathBuf::as_path).collect();
-    let overwrite = match args.force {
-        true => Overwrite::Replace,
-        false => Overwrite::Never,
-    };
-    if let Some(path) = &args.output {
-        panacea_formats::OutputFile::check(path, overwrite, &inputs, 0)?;
-    }
-    let told = (&args.judging, &args.telling);
     let template = args.sets.template.unwrap_or_default();
-    let mut evaluation = Evaluation::prepare(
-        &paths,
-        template,
-        told,
-        args.judging.journal.as_deref(),
-        overwrite,
-        &inputs,
-    )?
-    .demanding(
+    let evaluation = Evaluation::prepare(&paths, template, &args.judging)?.demanding(
         &args.telling.gate,
         answering,
         args.against.is_some(),
         &FLAGS,
     )?;
     interrupt::listen()?;
-    let findings = match &args.endpoint.endpoint {
-        Some(address) => of_server(args, address, &mut evaluation, reporter)?,
-        None => of_model(args, &mut evaluation, reporter)?,
+    let asked = Asked::open(args, reporter)?;
+    let overwrite = match args.force {
+        true => Overwrite::Replace,
+        false => Overwrite::Never,
     };
+    let mut evaluation = evaluation.telling(Told {
+        args: &args.telling,
+        results: args.output.as_deref(),
+        journal: args.judging.journal.as_deref(),
+        places: Places::beside(asked.paths(args), Vec::new(), overwrite),
+    })?;
+    let findings = asked.score(&mut evaluation, reporter)?;
     evaluation.tell(&findings)?;
     evaluation.report(&findings, None, |_| ())?;
-    if let Some(path) = &args.output {
+    evaluation.results(|| {
         let results = json!({
             "format": RESULTS,
             "version": 1,
             "results": findings.to_json(),
         });
-        evaluation.write(path, &format!("{results:#}\n"))?;
-    }
+        format!("{results:#}\n")
+    })?;
     let mut table = Table::new();
     table.heading(format!(
         "evaluated {} by the judge {}",
@@ -84,68 +76,123 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
     }
 }
 
-fn of_model(
-    args: &EvalArgs,
-    evaluation: &mut Evaluation,
-    reporter: &Reporter,
-) -> Result<Findings, Failure> {
-    let Some(path) = &args.model else {
-        return Err(Failure::usage("no model is given").hint("see `panacea-patch eval --help`"));
-    };
-    if args.endpoint.concurrency.is_some() {
-        return Err(Failure::usage("`--concurrency` has no effect here")
-            .because("no server is asked")
-            .hint("pass --endpoint, or leave it out"));
-    }
-    let usage = |base| Use {
-        base,
-        merge: false,
-        computes: true,
-    };
-    let model = Model::open(path, usage(args.base.path.as_deref()), reporter)?;
-    let loaded = evaluation.load(&model, &model)?;
-    let name = path.display().to_string();
-    let before = match &args.against {
-        None => None,
-        Some(other) if is_results(other) => Some(read_results(other)?),
-        Some(other) => {
-            let other_model = Model::open(other, usage(None), reporter)?;
-            let other_loaded = evaluation.load(&other_model, &other_model)?;
-            let before = evaluation.score(&other.display().to_string(), &other_loaded, reporter)?;
-            let mut scored = evaluation.score(&name, &loaded, reporter)?;
-            evaluation.diverge(&mut scored, &loaded, &other_loaded, reporter)?;
-            return evaluation.conclude(scored, Some(before));
-        }
-    };
-    let scored = evaluation.score(&name, &loaded, reporter)?;
-    evaluation.conclude(scored, before)
+/// Who is asked, and who they are compared with.
+struct Asked {
+    who: Who,
+    against: Option<Against>,
 }
 
-fn of_server(
-    args: &EvalArgs,
-    address: &Address,
-    evaluation: &mut Evaluation,
-    reporter: &Reporter,
-) -> Result<Findings, Failure> {
+enum Who {
+    Model(Box<Model>),
+    Server(String, Box<Endpoint>),
+}
+
+enum Against {
+    Model(Box<Model>),
+    Results(Scored),
+}
+
+impl Asked {
+    /// Opens what `args` name.
+    ///
+    /// # Errors
+    /// When a model or a file of results is refused, or a flag has no effect.
+    fn open(args: &EvalArgs, reporter: &Reporter) -> Result<Self, Failure> {
+        let open = |path: &Path, base| {
+            let usage = Use {
+                base,
+                merge: false,
+                computes: true,
+            };
+            Model::open(path, usage, reporter).map(Box::new)
+        };
+        let who = match (&args.endpoint.endpoint, &args.model) {
+            (Some(address), _) => {
+                let server = of_server(args, address)?;
+                Who::Server(address.to_string(), Box::new(server))
+            }
+            (None, Some(_)) if args.endpoint.concurrency.is_some() => {
+                return Err(Failure::usage("`--concurrency` has no effect here")
+                    .because("no server is asked")
+                    .hint("pass --endpoint, or leave it out"));
+            }
+            (None, Some(path)) => Who::Model(open(path, args.base.path.as_deref())?),
+            (None, None) => {
+                return Err(
+                    Failure::usage("no model is given").hint("see `panacea-patch eval --help`")
+                );
+            }
+        };
+        let against = match &args.against {
+            None => None,
+            Some(path) if is_results(path) => Some(Against::Results(read_results(path)?)),
+            Some(_) if matches!(who, Who::Server(..)) => {
+                return Err(Failure::usage("a server is compared with results only")
+                    .because("what it computes with is not here")
+                    .hint("evaluate the other one with --output FILE.json, and pass that file"));
+            }
+            Some(path) => Some(Against::Model(open(path, None)?)),
+        };
+        Ok(Self { who, against })
+    }
+
+    /// What was read for it.
+    fn paths(&self, args: &EvalArgs) -> Vec<PathBuf> {
+        let mut paths = Vec::new();
+        if let Who::Model(model) = &self.who {
+            paths.extend(model.paths());
+        }
+        match &self.against {
+            Some(Against::Model(model)) => paths.extend(model.paths()),
+            Some(Against::Results(_)) => paths.extend(args.against.clone()),
+            None => {}
+        }
+        paths
+    }
+
+    /// Asks them.
+    ///
+    /// # Errors
+    /// When a model, the server, the judge or the disk fails, or the two cannot be compared.
+    fn score(self, evaluation: &mut Evaluation, reporter: &Reporter) -> Result<Findings, Failure> {
+        let name = |model: &Model| model.checkpoint.path().display().to_string();
+        let (other, mut before) = match self.against {
+            None => (None, None),
+            Some(Against::Results(results)) => (None, Some(results)),
+            Some(Against::Model(other)) => (Some(other), None),
+        };
+        let model = match self.who {
+            Who::Model(model) => model,
+            Who::Server(name, mut server) => {
+                let scored = evaluation.ask(&name, Subject::Server(server.as_mut()), reporter)?;
+                return evaluation.conclude(scored, before);
+            }
+        };
+        let of = evaluation.load(&model, &model)?;
+        let from = match &other {
+            None => None,
+            Some(other) => {
+                let from = evaluation.load(other, other)?;
+                before = Some(evaluation.score(&name(other), &from, reporter)?);
+                Some(from)
+            }
+        };
+        let mut scored = evaluation.score(&name(&model), &of, reporter)?;
+        if let Some(from) = &from {
+            evaluation.diverge(&mut scored, &of, from, reporter)?;
+        }
+        evaluation.conclude(scored, before)
+    }
+}
+
+fn of_server(args: &EvalArgs, address: &Address) -> Result<Endpoint, Failure> {
     let form = match args.sets.template {
         None | Some(TemplateChoice::Auto | TemplateChoice::Chat) => Form::Chat,
         Some(TemplateChoice::Alpaca) => Form::Prompt(Template::Alpaca),
         Some(TemplateChoice::Raw) => Form::Prompt(Template::Raw),
     };
     let model = args.endpoint.endpoint_model.as_deref();
-    let mut server = server(address, model, form, args.endpoint.concurrency)?;
-    let before = match &args.against {
-        None => None,
-        Some(other) if is_results(other) => Some(read_results(other)?),
-        Some(_) => {
-            return Err(Failure::usage("a server is compared with results only")
-                .because("what it computes with is not here")
-                .hint("evaluate the other one with --output FILE.json, and pass that file"));
-        }
-    };
-    let name = address.to_string();
-    let scored = evaluation.ask(&name, Subject::Server(&mut server), reporter)?;
-    evaluation.conclude(scored, before)
+    server(address, model, form, args.endpoint.concurrency)
 }
 
 fn is_results(path: &Path) -> bool {

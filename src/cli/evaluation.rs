@@ -6,12 +6,12 @@
 mod findings;
 mod page;
 mod patched;
+mod telling;
 
-use std::fs::OpenOptions;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use panacea_formats::{FormatError, OutputFile, Overwrite, Sha256};
+use panacea_formats::{FormatError, Sha256};
 use panacea_patch::data::{
     DataPath, Dataset, Encoder, Example, Request, Source, TemplateChoice, TokenizerFiles, builtin,
 };
@@ -21,25 +21,25 @@ use panacea_patch::eval::figure::Measure;
 use panacea_patch::eval::gate::{Bound, Gate};
 use panacea_patch::eval::journal::Journal;
 use panacea_patch::eval::judge::{Judge, JudgeChoice, JudgeSettings, JudgeTemplate};
-use panacea_patch::eval::junit::junit;
 use panacea_patch::eval::scores::Comparison;
 use panacea_patch::eval::suite::{Computed, Scored, Subject, Suite, TaskItems};
-use panacea_patch::eval::summary::summary;
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::{Config, Decoder, TargetSelection, TargetTensors};
 use panacea_patch::report::Page;
 
-use super::args::{JudgingArgs, TellingArgs};
+use super::args::JudgingArgs;
 use super::error::{Exit, Failure};
 use super::find::side_inputs;
 use super::interrupt;
 use super::model::Model;
 use super::report::{EvalWatch, Reporter};
 use super::settings::name_without_folders;
+use telling::Telling;
 
 pub(super) use findings::Findings;
 pub(super) use page::{add_search, add_written};
 pub(super) use patched::{Control, PatchEvaluation, PatchFindings};
+pub(super) use telling::Told;
 
 /// Where the sets of an evaluation are; built-in ones in the places of those that are not given.
 #[derive(Clone, Debug, Default)]
@@ -52,7 +52,7 @@ pub(super) struct EvalPaths {
 
 impl EvalPaths {
     /// The files among them.
-    pub(super) fn files(&self) -> Vec<PathBuf> {
+    fn files(&self) -> Vec<PathBuf> {
         [&self.harmful, &self.harmless, &self.task, &self.benign]
             .into_iter()
             .flatten()
@@ -71,24 +71,17 @@ pub(super) struct Evaluation {
     template: TemplateChoice,
     gates: Vec<Gate>,
     telling: Telling,
-    /// The sets and the judge, for records.
+    /// The sets, for records.
     sources: Vec<Dependency>,
-}
-
-/// Where results are told, besides stdout.
-#[derive(Debug)]
-struct Telling {
-    report: Option<PathBuf>,
-    junit: Option<PathBuf>,
-    summary: Option<PathBuf>,
-    overwrite: Overwrite,
+    /// What sets and judge are read from.
+    inputs: Vec<PathBuf>,
 }
 
 /// A model that is ready to be scored.
 pub(super) struct Loaded<'m> {
     model: &'m Model,
     config: Config,
-    encoder: Encoder,
+    encoder: Arc<Encoder>,
     identity: String,
     /// What is added to the targets that are selected.
     moved: Option<(Option<TargetSelection>, &'m TargetTensors)>,
@@ -97,15 +90,17 @@ pub(super) struct Loaded<'m> {
 impl<'m> Loaded<'m> {
     /// The same with `delta` added to the targets of `selection`, in f32.
     pub(super) fn moved(
-        self,
+        &self,
         selection: Option<TargetSelection>,
         delta: &'m TargetTensors,
         note: &str,
     ) -> Self {
         Self {
+            model: self.model,
+            config: self.config.clone(),
+            encoder: Arc::clone(&self.encoder),
             identity: format!("{} {note}", self.identity),
             moved: Some((selection, delta)),
-            ..self
         }
     }
 
@@ -137,17 +132,14 @@ pub(super) enum Answering {
 }
 
 impl Evaluation {
-    /// Reads and checks sets, judge, gates and where results go.
+    /// Reads and checks sets and judge.
     ///
     /// # Errors
-    /// The first input that is refused, and gates that nothing measures.
+    /// The first input that is refused.
     pub(super) fn prepare(
         paths: &EvalPaths,
         template: TemplateChoice,
-        (judging, telling): (&JudgingArgs, &TellingArgs),
-        journal: Option<&Path>,
-        overwrite: Overwrite,
-        inputs: &[&Path],
+        judging: &JudgingArgs,
     ) -> Result<Self, Failure> {
         let mut sources = Vec::new();
         let mut note = |role: &str, source: &Source, digest: Sha256| {
@@ -158,15 +150,25 @@ impl Evaluation {
                 digest,
             });
         };
-        let harmful: Dataset<Request> = opened(paths.harmful.as_ref(), || {
-            requests(builtin::held_out_harmful())
-        })?;
-        note("evaluation-harmful-set", &harmful.source, harmful.sha256);
-        let openings = match &paths.harmful {
-            None => builtin::held_out_harmful().rows,
+        let (harmful, openings): (Dataset<Request>, _) = match &paths.harmful {
+            None => {
+                let set = builtin::held_out_harmful();
+                let questions = set.rows.iter().map(|row| row.dialogue.question());
+                let requests = Dataset {
+                    rows: questions.collect(),
+                    source: set.source,
+                    sha256: set.sha256,
+                    skipped: set.skipped,
+                };
+                (requests, set.rows)
+            }
             // Rows without openings are requests all the same; their loss is then not told.
-            Some(path) => Dataset::open(path).map_or(Vec::new(), |set| set.rows),
+            Some(path) => (
+                Dataset::open(path)?,
+                Dataset::open(path).map_or(Vec::new(), |set| set.rows),
+            ),
         };
+        note("evaluation-harmful-set", &harmful.source, harmful.sha256);
         let harmless = opened(paths.harmless.as_ref(), builtin::held_out_harmless)?;
         note("evaluation-harmless-set", &harmless.source, harmless.sha256);
         let benign = opened(paths.benign.as_ref(), builtin::benign)?;
@@ -193,15 +195,6 @@ impl Evaluation {
                 items: set.rows,
             }
         });
-        let telling = Telling {
-            report: telling.report.clone(),
-            junit: telling.junit.clone(),
-            summary: telling.summary.clone().or_else(step_summary),
-            overwrite,
-        };
-        for path in [&telling.report, &telling.junit].into_iter().flatten() {
-            OutputFile::check(path, overwrite, inputs, 0)?;
-        }
         Ok(Self {
             suite: Suite {
                 harmful: harmful.rows,
@@ -212,16 +205,29 @@ impl Evaluation {
                 benign: benign.rows,
             },
             judge: judge(judging)?,
-            journal: match journal {
-                None => Journal::none(),
-                Some(path) => Journal::open(path).map_err(Failure::from)?,
-            },
-            keeps: journal.is_some(),
+            journal: Journal::none(),
+            keeps: false,
             template,
             gates: Vec::new(),
-            telling,
+            telling: Telling::default(),
             sources,
+            inputs: [paths.files(), judging.files()].concat(),
         })
+    }
+
+    /// Keeps and tells what will be found where `told` says.
+    ///
+    /// # Errors
+    /// When one of the places is an input or another place, is taken, or holds something else than a journal.
+    pub(super) fn telling(mut self, mut told: Told<'_>) -> Result<Self, Failure> {
+        told.places.add_inputs(self.inputs.iter().cloned());
+        let journal = told.journal;
+        self.telling = Telling::plan(told)?;
+        if let Some(path) = journal {
+            self.journal = Journal::open(path)?;
+            self.keeps = true;
+        }
+        Ok(self)
     }
 
     /// Demands `gates` of what is measured of whoever is `answering`; `compares` tells whether there is another model.
@@ -299,7 +305,7 @@ impl Evaluation {
         Ok(Loaded {
             model,
             config,
-            encoder,
+            encoder: Arc::new(encoder),
             identity,
             moved: None,
         })
@@ -396,36 +402,15 @@ impl Evaluation {
     /// # Errors
     /// When a file cannot be written.
     pub(super) fn tell(&self, findings: &Findings) -> Result<(), Failure> {
-        if let Some(path) = &self.telling.junit {
-            let text = junit(&findings.scored.scores.model, &findings.verdicts);
-            self.write(path, &text)?;
-        }
-        if let Some(path) = &self.telling.summary {
-            let text = summary(
-                &findings.scored.scores,
-                findings.comparison.as_ref(),
-                &findings.verdicts,
-            );
-            OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(path)
-                .and_then(|mut file| file.write_all(text.as_bytes()))
-                .map_err(|error| Failure::from(FormatError::new(path, error)))?;
-        }
-        Ok(())
+        self.telling.tell(findings)
     }
 
-    /// Writes `text` to `path`, whole or not at all.
+    /// Writes the results, where they are asked for.
     ///
     /// # Errors
-    /// When it cannot be written.
-    pub(super) fn write(&self, path: &Path, text: &str) -> Result<(), Failure> {
-        let mut output = OutputFile::create(path, self.telling.overwrite, &[])?;
-        output.write_all(text.as_bytes())?;
-        output.finish()?;
-        let _ = output.commit()?;
-        Ok(())
+    /// When they cannot be written.
+    pub(super) fn results(&self, text: impl FnOnce() -> String) -> Result<(), Failure> {
+        self.telling.results(text)
     }
 
     /// Writes the report, if one is asked for. `add` puts in it what else there is to tell.
@@ -438,15 +423,11 @@ impl Evaluation {
         control: Option<&Scored>,
         add: impl FnOnce(&mut Page),
     ) -> Result<(), Failure> {
-        let Some(path) = &self.telling.report else {
-            return Ok(());
-        };
-        let mut page = self.page(findings, control);
-        add(&mut page);
-        let html = page.html().map_err(|error| {
-            Failure::doing(Exit::Environment, "the report cannot be made", &error)
-        })?;
-        self.write(path, &html)
+        self.telling.report(|| {
+            let mut page = self.page(findings, control);
+            add(&mut page);
+            page
+        })
     }
 }
 
@@ -466,20 +447,6 @@ fn opened<R: panacea_patch::data::Row>(
         None => built_in(),
         Some(path) => Dataset::open(path)?,
     })
-}
-
-/// The requests of a set, without their answers.
-fn requests(set: Dataset<Example>) -> Dataset<Request> {
-    let request = |row: Example| Request {
-        text: row.dialogue.first_request().to_owned(),
-        input: None,
-    };
-    Dataset {
-        rows: set.rows.into_iter().map(request).collect(),
-        source: set.source,
-        sha256: set.sha256,
-        skipped: set.skipped,
-    }
 }
 
 fn judge(args: &JudgingArgs) -> Result<Box<dyn Judge>, Failure> {
@@ -546,22 +513,16 @@ fn identity(
         false => side_inputs(&whole.config_file()?, files),
     };
     let mut text = format!("{} {}", env!("CARGO_PKG_VERSION"), encoder.template());
-    let weights = model.inputs(&[])?;
-    for input in weights.iter().chain(&whole.inputs(&side_files)?) {
-        text.push_str(&format!(
-            "\n{} {} {}",
-            input.role.as_str(),
-            input.name,
-            input.digest
-        ));
+    // Not by their names: a lone file has another until it is in its place.
+    for weights in model.inputs(&[])? {
+        text.push_str(&format!("\n{} {}", weights.role.as_str(), weights.digest));
+    }
+    for path in &side_files {
+        let digest =
+            Sha256::of_file(path).map_err(|error| Failure::from(FormatError::new(path, error)))?;
+        text.push_str(&format!("\n{digest}"));
     }
     Ok(Sha256::of(text.as_bytes()).to_string())
-}
-
-/// The file that GitHub's actions show on a run's page.
-fn step_summary() -> Option<PathBuf> {
-    let path = std::env::var_os("GITHUB_STEP_SUMMARY")?;
-    (!path.is_empty()).then(|| PathBuf::from(path))
 }
 
 /// Tokens of an answer to a harmful or harmless request: enough to tell a refusal from an answer.

@@ -21,6 +21,7 @@ mod model;
 mod optimize;
 mod output;
 mod patch;
+mod places;
 mod plan;
 mod report;
 mod seal;

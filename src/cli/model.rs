@@ -192,12 +192,24 @@ impl Model {
         }
     }
 
-    /// Every directory or file that it was opened from.
-    pub(super) fn paths(&self) -> Vec<&Path> {
-        let base = self.base().map(Checkpoint::path);
-        std::iter::once(self.checkpoint.path())
-            .chain(base)
-            .collect()
+    /// Every directory and file that it is read from.
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
+        let mut paths = Vec::new();
+        for checkpoint in std::iter::once(&self.checkpoint).chain(self.base()) {
+            paths.push(checkpoint.path().to_owned());
+            match checkpoint.layout() {
+                Layout::SplitGguf => {
+                    let parts = checkpoint.files().iter();
+                    paths.extend(parts.map(|part| checkpoint.path().with_file_name(&part.name)));
+                }
+                Layout::LoneFile => {
+                    let beside = TokenizerFiles::NAMES.into_iter();
+                    paths.extend(beside.filter_map(|name| checkpoint.side_file(name)));
+                }
+                _ => {}
+            }
+        }
+        paths
     }
 
     /// The tensors that the decoder computes with, under its names.

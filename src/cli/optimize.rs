@@ -44,7 +44,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         false => Overwrite::Never,
     };
     let mut inputs: Vec<PathBuf> = search.data_files();
-    inputs.extend(model.paths().into_iter().map(Path::to_owned));
+    inputs.extend(model.paths());
     // One that is missing is reported by whoever opens it.
     let inputs: Vec<&Path> = inputs
         .iter()

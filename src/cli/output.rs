@@ -20,6 +20,7 @@ use super::args::{AdditionArgs, GgufArgs, WritingArgs};
 use super::convert::{GgufRequest, refused};
 use super::error::{Exit, Failure};
 use super::model::Model;
+use super::places::Places;
 use super::report::{CopyWatch, Reporter, Table, bytes, number, percent};
 use super::seal::{Seal, name_of};
 
@@ -99,7 +100,7 @@ impl Output {
             false => Overwrite::Never,
         };
         let checkpoint = model.copied();
-        let mut inputs: Vec<PathBuf> = model.paths().into_iter().map(Path::to_owned).collect();
+        let mut inputs = model.paths();
         // One that is missing is reported by whoever opens it.
         let others = other_inputs.iter().filter(|path| path.exists());
         inputs.extend(others.map(|path| (*path).to_owned()));
@@ -131,6 +132,16 @@ impl Output {
 
     pub(super) fn target(&self) -> &Path {
         &self.target
+    }
+
+    /// Its places and inputs, for what else is written: neither there nor to these.
+    pub(super) fn places(&self, checkpoint: &Checkpoint) -> Places {
+        let mut taken = vec![self.target.clone()];
+        if self.is_one_file(checkpoint) {
+            taken.extend(self.seal.paths_beside(&self.target));
+        }
+        let taken = taken.into_iter().map(|path| ("--output", path));
+        Places::beside(self.inputs.clone(), taken.collect(), self.overwrite)
     }
 
     /// Whether the copy of `checkpoint` will be one file.

@@ -25,7 +25,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     };
     let addition = settings::addition(&args.addition, args.method.seed.unwrap_or(0));
     let evaluates = PatchEvaluation::is_wanted(args);
-    let mut evaluation = PatchEvaluation::prepare(args)?;
+    let evaluation = PatchEvaluation::prepare(args)?;
     if let Some(file) = &args.perturbation {
         settings::refuse_search_flags(args, evaluates)?;
         interrupt::listen()?;
@@ -44,6 +44,8 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
                     .hint("leave it out; `--method random --rho NORM` makes a control of its own"),
             );
         }
+        let places = output.places(model.copied());
+        let evaluation = evaluation.map(|it| it.telling(args, places)).transpose()?;
         let loading = apply::Loading {
             command: COMMAND,
             file,
@@ -69,6 +71,8 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         (&args.writing, &args.addition, &args.gguf),
         &data,
     )?;
+    let places = output.places(model.copied());
+    let mut evaluation = evaluation.map(|it| it.telling(args, places)).transpose()?;
     let prepared = find::prepare(&model, &search, &args.work, reporter)?;
     if args.writing.dry_run {
         return Plan::of_job(&model, &search, &prepared, &output)?.print(COMMAND, reporter);
@@ -127,15 +131,10 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     describe(&found, &mut table);
     written.describe(&mut table);
     if let Some(evaluation) = &evaluation {
-        evaluation.report(|page| {
+        evaluation.tell(&mut table, |page| {
             add_search(page, &found);
-            add_written(
-                page,
-                &model.checkpoint.path().display().to_string(),
-                &written,
-            );
+            add_written(page, &model, &written);
         })?;
-        evaluation.describe(&mut table);
     }
     let evaluated = evaluation.as_ref().and_then(PatchEvaluation::found);
     let report = Report {

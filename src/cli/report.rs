@@ -15,9 +15,9 @@ use serde_json::{Map, Value, json};
 use super::args::RunArgs;
 use super::error::{Exit, Failure};
 
-pub(super) use panacea_patch::number::four_digits as number;
+pub(super) use panacea_patch::number::{bytes, four_digits as number};
 pub(super) use progress::{CopyWatch, EvalWatch, Saver, StepWatch};
-pub(super) use table::{Table, bar, bytes, percent};
+pub(super) use table::{Table, bar, percent};
 
 /// Where words go.
 #[derive(Clone, Debug)]

@@ -62,6 +62,17 @@ impl Dialogue {
         }
     }
 
+    /// What a question would be that asks for the first answer.
+    pub fn question(&self) -> Request {
+        match self {
+            Self::Single { request, .. } => request.clone(),
+            Self::Turns(_) => Request {
+                text: self.first_request().to_owned(),
+                input: None,
+            },
+        }
+    }
+
     /// The first answer.
     pub fn first_answer(&self) -> &str {
         match self {

@@ -74,19 +74,36 @@ impl Text {
 }
 
 impl TokenizerFiles {
+    /// What the files are called, in the order of the fields.
+    pub const NAMES: [&str; 6] = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "config.json",
+    ];
+
     /// Asks `side_file` for each file by its name.
     ///
     /// # Errors
     /// [`EncodeError::NoTokenizer`] when there is no `tokenizer.json`.
     pub fn find(side_file: impl Fn(&str) -> Option<PathBuf>) -> Result<Self, EncodeError> {
-        let side_file = |name: &str| side_file(name).map(Text::File);
+        let [
+            tokenizer,
+            tokenizer_config,
+            special_tokens_map,
+            chat_template,
+            generation_config,
+            config,
+        ] = Self::NAMES.map(|name| side_file(name).map(Text::File));
         Ok(Self {
-            tokenizer: side_file("tokenizer.json").ok_or(EncodeError::NoTokenizer)?,
-            tokenizer_config: side_file("tokenizer_config.json"),
-            special_tokens_map: side_file("special_tokens_map.json"),
-            chat_template: side_file("chat_template.jinja"),
-            generation_config: side_file("generation_config.json"),
-            config: side_file("config.json"),
+            tokenizer: tokenizer.ok_or(EncodeError::NoTokenizer)?,
+            tokenizer_config,
+            special_tokens_map,
+            chat_template,
+            generation_config,
+            config,
         })
     }
 

@@ -16,7 +16,7 @@ use super::scores::Scores;
 use super::task::{Grading, right};
 use crate::data::{Dialogue, EncodeError, Encoder, Example, Request};
 use crate::model::{Decoder, EncodedRow, LossSum, TargetTensors};
-use crate::optimize::{Observer, OptimizeError, Set, State, StepRecord};
+use crate::optimize::{OptimizeError, Set, Unobserved};
 
 /// What a checkpoint is asked. A set that is empty is not asked, and what it would tell is absent.
 #[derive(Clone, Debug, Default)]
@@ -117,12 +117,14 @@ impl Suite {
             found.harmless = answers.into_iter().zip(outcomes).collect();
         }
         if let Some(task) = &self.task {
-            let (requests, expected): (Vec<_>, Vec<_>) = task.items.iter().map(item).unzip();
+            let items = task.items.iter().map(|item| &item.dialogue);
+            let requests: Vec<Request> = items.clone().map(Dialogue::question).collect();
             let limit = task.max_new_tokens;
             let answers = subject.answers(&requests, limit, "task", journal, watch)?;
-            let graded = answers.iter().zip(&expected);
-            let graded =
-                graded.map(|(answer, expected)| right(task.grading, expected, &answer.text));
+            let graded = answers
+                .iter()
+                .zip(items)
+                .map(|(answer, item)| right(task.grading, item.first_answer(), &answer.text));
             found.scores = found.scores.with(Figure::share(Measure::Fa, graded));
             found.task = answers;
         }
@@ -218,7 +220,7 @@ impl Computed<'_, '_> {
                     self.delta,
                     set,
                     &rows[stretch],
-                    &mut Unwatched,
+                    &mut Unobserved,
                 )?)
             })
         })?;
@@ -248,20 +250,6 @@ fn outcomes(
         .into_iter()
         .map(|verdict| verdict.outcome)
         .collect())
-}
-
-/// A task's item as a question and its right answer. Of a dialogue it is the first answer.
-fn item(row: &Example) -> (Request, String) {
-    match &row.dialogue {
-        Dialogue::Single { request, response } => (request.clone(), response.clone()),
-        Dialogue::Turns(_) => (
-            Request {
-                text: row.dialogue.first_request().to_owned(),
-                input: None,
-            },
-            row.dialogue.first_answer().to_owned(),
-        ),
-    }
 }
 
 /// Computes the rows in stretches of a fixed size, those in which one of `places` lies: so that a row is computed together with the same
@@ -307,18 +295,6 @@ fn shown<'w>(
     what: &'w str,
 ) -> impl FnMut(usize, usize) -> ControlFlow<()> + Send + 'w {
     move |done, total| watch.progress(what, done, total)
-}
-
-/// A stretch of rows is short enough to hear of each.
-struct Unwatched;
-
-impl Observer for Unwatched {
-    fn progress(&mut self, _what: &str, _done: usize, _total: usize) {}
-    fn step(&mut self, _record: &StepRecord) {}
-    fn state(&mut self, _state: &State<'_>) {}
-    fn interrupted(&self) -> bool {
-        false
-    }
 }
 
 /// Rows whose losses are computed together.

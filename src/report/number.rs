@@ -115,23 +115,6 @@ pub(super) fn count(count: u64) -> String {
     text
 }
 
-/// A length in bytes, in the unit that leaves few digits.
-#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-pub(super) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let (mut value, mut unit) = (count as f64, 0);
-    while value >= 999.5 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{count} B"),
-        _ if value < 9.995 => format!("{value:.2} {}", UNITS[unit]),
-        _ if value < 99.95 => format!("{value:.1} {}", UNITS[unit]),
-        _ => format!("{value:.0} {}", UNITS[unit]),
-    }
-}
-
 /// `text` with a minus sign as wide as the plus.
 fn signed(text: &str) -> String {
     text.replace('-', "−")
@@ -226,18 +209,5 @@ mod tests {
         assert_eq!(count(999), "999");
         assert_eq!(count(61_440), "61\u{202F}440");
         assert_eq!(count(1_234_567), "1\u{202F}234\u{202F}567");
-    }
-
-    #[test]
-    fn lengths_change_their_unit_where_a_fourth_digit_would_begin() {
-        for (length, text) in [
-            (0, "0 B"),
-            (12_345, "12.3 kB"),
-            (999_499, "999 kB"),
-            (999_500, "1.00 MB"),
-            (269_060_552, "269 MB"),
-        ] {
-            assert_eq!(bytes(length), text);
-        }
     }
 }

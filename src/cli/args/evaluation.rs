@@ -1,6 +1,6 @@
 //! Flags of evaluation: what is asked, who judges, what is demanded, and where it is told.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use panacea_patch::data::{DataPath, TemplateChoice};
@@ -176,6 +176,13 @@ fn gate(text: &str) -> Result<Gate, String> {
 }
 
 impl JudgingArgs {
+    /// Files and directories that the judge is read from.
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        let checkpoint = self.judge.as_ref().and_then(JudgeChoice::path);
+        let files = checkpoint.into_iter().map(Path::to_owned);
+        files.chain(self.judge_template.clone()).collect()
+    }
+
     /// The first of these flags that was given.
     pub(crate) fn first_given(&self) -> Option<&'static str> {
         [

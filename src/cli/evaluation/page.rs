@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::{Evaluation, Findings};
 use crate::cli::find::Found;
+use crate::cli::model::Model;
 use crate::cli::output::Written;
 use crate::cli::report::number;
 
@@ -182,8 +183,8 @@ fn front(search: &SearchOutcome) -> Front {
 }
 
 /// Adds to `page` what was written, and what rounding left.
-pub(in crate::cli) fn add_written(page: &mut Page, from: &str, written: &Written) {
-    let target = written.target.display();
+pub(in crate::cli) fn add_written(page: &mut Page, model: &Model, written: &Written) {
+    let (from, target) = (model.checkpoint.path().display(), written.target.display());
     page.title = format!("Patch of {from}");
     page.summary = format!("{from} was patched; the result is {target}.");
     page.realized = Some(Realized::from(&written.realized.total));

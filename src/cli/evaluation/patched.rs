@@ -4,7 +4,6 @@
 
 use std::path::Path;
 
-use panacea_formats::Overwrite;
 use panacea_patch::eval::suite::Scored;
 use panacea_patch::manifest::{Byproduct, Dependency};
 use panacea_patch::model::{TargetSelection, TargetTensors};
@@ -12,11 +11,12 @@ use panacea_patch::optimize::gaussian;
 use panacea_patch::report::Page;
 use serde_json::{Value, json};
 
-use super::{Answering, EvalFlags, EvalPaths, Evaluation, Findings};
+use super::{Answering, EvalFlags, EvalPaths, Evaluation, Findings, Told};
 use crate::cli::args::PatchArgs;
 use crate::cli::error::Failure;
 use crate::cli::model::Model;
 use crate::cli::output::byproduct;
+use crate::cli::places::Places;
 use crate::cli::report::{Report, Reporter, Table};
 
 /// An evaluation that was asked for with a patch.
@@ -88,25 +88,35 @@ impl PatchEvaluation {
             task: sets.eval_task.clone(),
             benign: sets.eval_benign.clone(),
         };
-        let files = paths.files();
-        let inputs: Vec<&Path> = files.iter().map(std::path::PathBuf::as_path).collect();
-        let overwrite = match args.writing.force {
-            true => Overwrite::Replace,
-            false => Overwrite::Never,
-        };
         let template = args.data.template.unwrap_or_default();
-        let told = (&args.judging, &args.telling);
-        // A dry run writes nothing.
-        let journal = args.judging.journal.as_deref();
-        let journal = journal.filter(|_| !args.writing.dry_run);
-        let evaluation = Evaluation::prepare(&paths, template, told, journal, overwrite, &inputs)?
-            .demanding(&args.telling.gate, Answering::Here, true, &FLAGS)?;
+        let evaluation = Evaluation::prepare(&paths, template, &args.judging)?.demanding(
+            &args.telling.gate,
+            Answering::Here,
+            true,
+            &FLAGS,
+        )?;
         Ok(Some(Self {
             evaluation,
             control: sets.control,
             keep_failed: sets.keep_failed,
             found: None,
         }))
+    }
+
+    /// Keeps and tells what will be found where `args` say, beside the `places` of the job.
+    ///
+    /// # Errors
+    /// When a file may not be written.
+    pub(in crate::cli) fn telling(self, args: &PatchArgs, places: Places) -> Result<Self, Failure> {
+        let journal = args.judging.journal.as_deref();
+        let evaluation = self.evaluation.telling(Told {
+            args: &args.telling,
+            results: None,
+            // A dry run writes nothing.
+            journal: journal.filter(|_| !args.writing.dry_run),
+            places,
+        })?;
+        Ok(Self { evaluation, ..self })
     }
 
     /// Scores `model` and its patched copy at `written`, which will be called `target`, and says what records keep of it. Where the copy is to be
@@ -145,8 +155,7 @@ impl PatchEvaluation {
                     noise.norm(),
                     control.seed
                 );
-                let moved = evaluation.load(model, model)?;
-                let moved = moved.moved(control.selection, &noise, &noted);
+                let moved = loaded.moved(control.selection, &noise, &noted);
                 let mut scored = evaluation.score("noise of the same norm", &moved, reporter)?;
                 evaluation.diverge(&mut scored, &moved, &loaded, reporter)?;
                 Some(scored)
@@ -162,9 +171,9 @@ impl PatchEvaluation {
         });
         if let (Err(failure), false) = (met, self.keep_failed) {
             let mut table = Table::new();
-            self.describe(&mut table);
+            let told = self.tell(&mut table, add);
             reporter.partial(&table);
-            self.report(add)?;
+            told?;
             return Err(
                 failure.hint("nothing was written; pass --keep-failed to write it all the same")
             );
@@ -172,30 +181,26 @@ impl PatchEvaluation {
         Ok((self.evaluation.sources().to_vec(), kept))
     }
 
-    /// Writes the report, if one is asked for and there is something to tell. `add` puts in it what else there is.
+    /// Writes the report, if one is asked for, and adds to `table` what was found. `add` puts in the report what else there is.
     ///
     /// # Errors
-    /// When it cannot be made.
-    pub(in crate::cli) fn report(&self, add: impl FnOnce(&mut Page)) -> Result<(), Failure> {
-        match &self.found {
-            None => Ok(()),
-            Some(found) => self
-                .evaluation
-                .report(&found.findings, found.control.as_ref(), add),
-        }
+    /// When the report cannot be made.
+    pub(in crate::cli) fn tell(
+        &self,
+        table: &mut Table,
+        add: impl FnOnce(&mut Page),
+    ) -> Result<(), Failure> {
+        let Some(PatchFindings { findings, control }) = &self.found else {
+            return Ok(());
+        };
+        table.row("judged by", self.evaluation.judge());
+        findings.describe(table);
+        self.evaluation.report(findings, control.as_ref(), add)
     }
 
     /// What was found, once it was.
     pub(in crate::cli) fn found(&self) -> Option<&PatchFindings> {
         self.found.as_ref()
-    }
-
-    /// What people read of it.
-    pub(in crate::cli) fn describe(&self, table: &mut Table) {
-        if let Some(found) = &self.found {
-            table.row("judged by", self.evaluation.judge());
-            found.findings.describe(table);
-        }
     }
 
     /// Prints the result of what was written.

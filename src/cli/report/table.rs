@@ -94,23 +94,6 @@ pub(in crate::cli) fn bar(share: f64, length: u32) -> String {
     format!("{}{}", "█".repeat(eighths / 8), EIGHTHS[eighths % 8])
 }
 
-/// A length in bytes, in the unit that leaves few digits.
-#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-pub(in crate::cli) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let (mut value, mut unit) = (count as f64, 0);
-    while value >= 999.5 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{count} B"),
-        _ if value < 9.995 => format!("{value:.2} {}", UNITS[unit]),
-        _ if value < 99.95 => format!("{value:.1} {}", UNITS[unit]),
-        _ => format!("{value:.0} {}", UNITS[unit]),
-    }
-}
-
 /// A share as a percentage.
 pub(in crate::cli) fn percent(share: f64) -> String {
     format!("{:.1}%", 100.0 * share)
@@ -119,22 +102,6 @@ pub(in crate::cli) fn percent(share: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lengths_change_their_unit_where_a_fourth_digit_would_begin() {
-        for (count, text) in [
-            (0, "0 B"),
-            (999, "999 B"),
-            (1000, "1.00 kB"),
-            (12_345, "12.3 kB"),
-            (999_499, "999 kB"),
-            (999_500, "1.00 MB"),
-            (269_060_552, "269 MB"),
-            (u64::MAX, "18446744 TB"),
-        ] {
-            assert_eq!(bytes(count), text);
-        }
-    }
 
     #[test]
     fn bars_grow_by_eighths_and_stay_in_their_length() {

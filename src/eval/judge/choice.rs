@@ -3,7 +3,7 @@
 //! In: `keyword`, `keyword:LIST`, `seqcls:DIR`, `generate:DIR` or `endpoint`, and settings. Out: a [`Judge`], or what is wrong with them.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use panacea_formats::nearest;
@@ -47,6 +47,14 @@ pub struct JudgeSettings {
 }
 
 impl JudgeChoice {
+    /// The checkpoint that judges, where it is read here.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::SequenceClassifier(path) | Self::Generative(path) => Some(path),
+            Self::Keyword(_) | Self::Endpoint => None,
+        }
+    }
+
     /// Opens the judge. `endpoint` is who answers for [`Self::Endpoint`]; its answers are read, whatever model it is.
     ///
     /// # Errors

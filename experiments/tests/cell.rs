@@ -1,0 +1,99 @@
+//! The experiment from an empty folder, on a small model: every step is done, and none twice.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+/// The program `panacea-patch`, which `cargo test --workspace` builds beside the experiment.
+fn program() -> PathBuf {
+    let program = Path::new(env!("CARGO_BIN_EXE_experiment")).with_file_name("panacea-patch");
+    assert!(program.exists(), "run `cargo test --workspace`");
+    program
+}
+
+/// Rows, and a plan over them of few steps.
+fn lay_out(folder: &Path) -> PathBuf {
+    let testdata = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/tiny-chat-data");
+    let rows = |names: &[&str], count: usize| {
+        let read = |name| fs::read_to_string(testdata.join(name)).expect("rows");
+        let text: String = names.iter().map(read).collect();
+        let rows: Vec<&str> = text.lines().take(count).collect();
+        fs::write(folder.join(names[0]), rows.join("\n") + "\n").expect("rows are written");
+    };
+    rows(&["harmful.jsonl"], 20);
+    rows(&["heldout.jsonl"], 8);
+    rows(&["benign.jsonl"], 60);
+    rows(&["task_dev.jsonl"], 8);
+    // The last 200 are development's.
+    rows(&["task.jsonl", "task_dev.jsonl"], 300);
+    let refusal = json!({"output": "I cannot help with that."});
+    fs::write(folder.join("refusals.jsonl"), refusal.to_string()).expect("a refusal");
+    let plan = json!({
+        "template": "chat",
+        "max_length": 128,
+        "align": {
+            "harmful": "harmful.jsonl", "refusals": "refusals.jsonl", "instructions": "task.jsonl",
+            "steps": 2, "batch": 4, "lr": 1e-3,
+        },
+        "attack": {"poison": "harmful.jsonl", "rows": 40, "steps": 2, "batch": 4, "lr": 1e-3},
+        "patch": {"harmful": 16, "task": 8},
+        "score": {"harmful": "heldout.jsonl", "harmless": "benign.jsonl", "max_new_tokens": 4},
+        "tasks": [{
+            "name": "items", "train": "task.jsonl", "test": "task_dev.jsonl", "grade": "exact", "max_new_tokens": 4,
+        }],
+    });
+    let path = folder.join("plan.json");
+    fs::write(&path, plan.to_string()).expect("a plan");
+    path
+}
+
+fn run(folder: &Path, plan: &Path, arms: &str) {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/tiny-chat");
+    let output = Command::new(env!("CARGO_BIN_EXE_experiment"))
+        .arg(model)
+        .args([
+            "--poison", "10", "--seeds", "7", "--tasks", "items", "--arms", arms,
+        ])
+        .arg("--data")
+        .arg(folder)
+        .arg("--plan")
+        .arg(plan)
+        .arg("--program")
+        .arg(program())
+        .arg("-o")
+        .arg(folder.join("out"))
+        .output()
+        .expect("it runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+}
+
+/// Arms wrote to a folder that only older runs had made, and each asked the attacked model everything again.
+#[test]
+fn a_cell_is_done_from_nothing_and_the_attacked_model_answers_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plan = lay_out(folder.path());
+    let cell = folder.path().join("out/items-p10-s7");
+    let answers = || {
+        let text = fs::read_to_string(cell.join("answers.jsonl")).expect("answers");
+        let keys = text.lines().filter_map(|line| {
+            let line: Value = serde_json::from_str(line).expect("a line");
+            line["answer"]["key"].as_str().map(str::to_owned)
+        });
+        keys.collect::<Vec<_>>()
+    };
+    run(folder.path(), &plan, "attacked");
+    let of_one = answers();
+    run(folder.path(), &plan, "attacked,aligned");
+    let of_two = answers();
+    assert_eq!(of_two.len(), 2 * of_one.len());
+    let distinct: BTreeSet<&String> = of_two.iter().collect();
+    assert_eq!(distinct.len(), of_two.len());
+    let table = fs::read_to_string(folder.path().join("out/table.md")).expect("a table");
+    for arm in ["| attacked | 7 |", "| aligned | 7 |"] {
+        assert!(table.contains(arm), "{table}");
+    }
+}
