@@ -45,10 +45,8 @@ pub(crate) enum Arm {
     AdaptiveQ4,
     /// As `AdaptiveQ4`, with the touched matrices in Q8_0.
     AdaptiveQ4Fine,
-    /// The default method on `AttackedQ4`: found on the weights that are shipped.
+    /// The default method on `AttackedQ4`, with the touched matrices in Q8_0: found on the other weights as they are shipped.
     Q4Adaptive,
-    /// As `Q4Adaptive`, with the touched matrices in Q8_0.
-    Q4AdaptiveFine,
 }
 
 impl Arm {
@@ -71,7 +69,6 @@ impl Arm {
         Self::AdaptiveQ4,
         Self::AdaptiveQ4Fine,
         Self::Q4Adaptive,
-        Self::Q4AdaptiveFine,
     ];
 
     /// Those of a quick look.
@@ -102,13 +99,12 @@ impl Arm {
             Self::AdaptiveQ4 => "adaptive-q4_k_m",
             Self::AdaptiveQ4Fine => "adaptive-q4_k_m-fine",
             Self::Q4Adaptive => "q4_k_m-adaptive",
-            Self::Q4AdaptiveFine => "q4_k_m-adaptive-fine",
         }
     }
 
     /// Whether the result is a GGUF file.
     fn is_gguf(self) -> bool {
-        self.converted().is_some() || matches!(self, Self::Q4Adaptive | Self::Q4AdaptiveFine)
+        self.converted().is_some() || self == Self::Q4Adaptive
     }
 
     /// The directory that a quantized arm is converted from, and how.
@@ -267,7 +263,7 @@ impl Cell<'_> {
             _ if model.exists() => Value::Null,
             _ => {
                 let quantized = self.model(Arm::AttackedQ4);
-                if matches!(arm, Arm::Q4Adaptive | Arm::Q4AdaptiveFine) && !quantized.exists() {
+                if arm == Arm::Q4Adaptive && !quantized.exists() {
                     let arguments = self.arguments(Arm::AttackedQ4, files)?;
                     self.program
                         .run(&[&arguments[..], &output(&quantized)].concat())?;
@@ -313,9 +309,9 @@ impl Cell<'_> {
         );
         let task = format!(" --task {}", text(&files.task));
         match arm {
-            Arm::Adaptive | Arm::Q4Adaptive | Arm::Q4AdaptiveFine => {
+            Arm::Adaptive | Arm::Q4Adaptive => {
                 line += &format!("{learned}{task} {}", self.adaptive.unwrap_or_default());
-                if arm == Arm::Q4AdaptiveFine {
+                if arm == Arm::Q4Adaptive {
                     line += " --patched-type q8_0";
                 }
             }

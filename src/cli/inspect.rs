@@ -22,8 +22,9 @@ use serde_json::{Value, json};
 
 use super::args::InspectArgs;
 use super::error::{Exit, Failure};
-use super::find::{block_and_projection, read_config, targets_by_name};
+use super::find::read_config;
 use super::report::{Report, Reporter, Table, bar, bytes, number, percent};
+use super::targets::{block_and_projection, targets_by_name};
 use super::verify;
 use energy::Energy;
 use ranks::Ranks;

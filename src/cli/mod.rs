@@ -27,6 +27,7 @@ mod report;
 mod seal;
 mod settings;
 mod sign;
+mod targets;
 mod verify;
 
 use std::process::ExitCode;

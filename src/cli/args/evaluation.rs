@@ -9,7 +9,8 @@ use panacea_patch::eval::gate::Gate;
 use panacea_patch::eval::judge::{JudgeChoice, Threshold};
 use panacea_patch::eval::task::GradingChoice;
 
-use super::{BaseArgs, RunArgs, at_least_one, explained};
+use super::values::{at_least_one, explained};
+use super::{BaseArgs, RunArgs};
 
 /// Measure whether a model refuses what it should and still does what it did.
 ///

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::super::base;
 use super::super::error::Failure;
-use super::super::find::targets_of_adapter;
 use super::super::report::{Table, number};
+use super::super::targets::targets_of_adapter;
 use super::targets_row;
 
 /// Adds the rows of the adapter in `checkpoint` to `table`; gives what a report says of it, and of its targets. An adapter that

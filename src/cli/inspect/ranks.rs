@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 
 use super::energy::Energy;
 use crate::cli::error::{Exit, Failure};
-use crate::cli::find::block_and_projection;
 use crate::cli::report::percent;
+use crate::cli::targets::block_and_projection;
 
 /// The energy inside the largest singular values of each projection's matrices.
 #[derive(Debug, Default)]
