@@ -95,6 +95,14 @@ fn every_family_continues_as_if_each_token_were_computed_anew() {
             assert!(found.iter().all(|it| it.len() == generation.max_new_tokens));
             let name = case.display().to_string();
             assert_most_probable(&mut decoder, Point::stored(), &prompts, &found, &name);
+            // Behind a beginning that is computed once: longer than any window, and than what attention takes at a time.
+            let beginning = prompts.concat().repeat(2);
+            let behind = |prompt: &Vec<u32>| [&beginning[..], prompt].concat();
+            let prompts: Vec<Vec<u32>> = prompts.iter().map(behind).collect();
+            let found = decoder
+                .generate(Point::stored(), &prompts, &Generation::of(6))
+                .expect("continuations");
+            assert_most_probable(&mut decoder, Point::stored(), &prompts, &found, &name);
         }
     }
     let missing = MODEL_TYPES.iter().find(|it| !families.contains(it));

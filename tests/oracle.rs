@@ -192,6 +192,61 @@ fn fewer_targets_give_the_same_gradients_for_those_that_remain() {
     }
 }
 
+/// What rows begin with is computed once and seen by all of them: the same losses and gradients as when each row is computed whole, which
+/// PyTorch's are held against above.
+#[test]
+fn a_common_beginning_is_computed_once() {
+    let mut compared = 0;
+    for case in cases() {
+        let stored = Stored::open(&case.join("model.safetensors"));
+        let rows = common::rows(&case.join("rows.json"));
+        let selection: TargetSelection = ALL.parse().expect("names");
+        for activations in [Activations::Keep, Activations::Recompute] {
+            let mut decoder =
+                Decoder::new(config(&case, "config.json"), stored.views(), &selection)
+                    .expect("a decoder")
+                    .with_activations(activations);
+            if !decoder.shares_beginnings() {
+                continue;
+            }
+            // Longer than any window, and than what attention takes at a time.
+            let beginning: Vec<u32> = rows.iter().flat_map(|row| row.tokens.clone()).collect();
+            let beginning = beginning.repeat(70 / beginning.len() + 1);
+            let behind = |row: &EncodedRow| EncodedRow {
+                tokens: [&beginning[..], &row.tokens].concat(),
+                in_loss: [&vec![false; beginning.len()][..], &row.in_loss].concat(),
+            };
+            let rows: Vec<EncodedRow> = rows.iter().map(behind).collect();
+            let whole = Pack::of(&rows);
+            let sharing = Pack::sharing(&rows.iter().collect::<Vec<_>>());
+            assert!(sharing.starts[0] + 1 >= beginning.len());
+            assert!(sharing.tokens.len() + beginning.len() < whole.tokens.len() + 2);
+            let values = decoder.target_values().expect("finite weights");
+            let mut found = |pack: &Pack| {
+                let mut gradient = values.zeros_like();
+                let loss = decoder
+                    .loss_and_gradient(&values, pack, &mut gradient)
+                    .expect("a loss");
+                let logits = decoder.logits(&values, pack).expect("logits");
+                (loss, logits, gradient)
+            };
+            let (loss, logits, gradient) = found(&sharing);
+            let (wanted_loss, wanted_logits, wanted) = found(&whole);
+            let name = case.display();
+            assert_eq!(loss.count, wanted_loss.count);
+            assert!((loss.sum / wanted_loss.sum - 1.0).abs() < 1e-6, "{name}");
+            assert!(relative_error(&logits, &wanted_logits) < 1e-5, "{name}");
+            let targets = decoder.targets().iter();
+            for (target, (found, wanted)) in targets.zip(gradient.iter().zip(wanted.iter())) {
+                let error = relative_error(found, wanted);
+                assert!(error < 1e-5, "{name}: {} is off by {error:e}", target.name);
+            }
+            compared += 1;
+        }
+    }
+    assert!(compared >= 36, "only {compared}");
+}
+
 /// The derivative along a direction, from losses alone: an oracle that shares no arithmetic with the backward.
 #[test]
 fn gradients_pass_a_finite_difference_check() {
@@ -233,7 +288,7 @@ fn gradients_pass_a_finite_difference_check() {
     }
 }
 
-/// Packing is a matter of speed: rows one by one, all together, or recomputed give the same loss and gradient.
+/// Held against its definition in f64, and its gradient against differences of its own values.
 #[test]
 fn a_divergence_is_zero_at_its_reference_and_its_gradient_is_its_slope() {
     let case = oracle("llama3-rope");
@@ -330,7 +385,7 @@ fn gradients_are_the_same_bits_on_any_number_of_threads() {
     let case = oracle("mistral-window");
     let stored = Stored::open(&case.join("model.safetensors"));
     let rows = common::rows(&case.join("rows.json"));
-    let gradient = |threads: usize| -> (u64, TargetTensors) {
+    let gradient = |threads: usize, pack: &Pack| -> (u64, TargetTensors) {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build()
@@ -345,14 +400,23 @@ fn gradients_are_the_same_bits_on_any_number_of_threads() {
             let values = decoder.target_values().expect("finite weights");
             let mut gradient = values.zeros_like();
             let loss = decoder
-                .loss_and_gradient(&values, &Pack::of(&rows), &mut gradient)
+                .loss_and_gradient(&values, pack, &mut gradient)
                 .expect("a loss");
             (loss.sum.to_bits(), gradient)
         })
     };
-    let one = gradient(1);
-    assert_eq!(one, gradient(2));
-    assert_eq!(one, gradient(7));
+    let behind = |row: &EncodedRow| EncodedRow {
+        tokens: (0..20).chain(row.tokens.iter().copied()).collect(),
+        in_loss: [&[false; 20][..], &row.in_loss].concat(),
+    };
+    let sharing: Vec<EncodedRow> = rows.iter().map(behind).collect();
+    let sharing = Pack::sharing(&sharing.iter().collect::<Vec<_>>());
+    assert!(sharing.starts[0] >= 19);
+    for pack in [Pack::of(&rows), sharing] {
+        let one = gradient(1, &pack);
+        assert_eq!(one, gradient(2, &pack));
+        assert_eq!(one, gradient(7, &pack));
+    }
 }
 
 /// What is kept in memory is a matter of memory alone.

@@ -6,7 +6,9 @@
 
 use std::str::FromStr;
 
-use panacea_patch::model::{Activations, Decoder, EncodedRow, LOGITS_BYTES, TILE_BYTES};
+use panacea_patch::model::{
+    Activations, Decoder, EncodedRow, LOGITS_BYTES, TILE_BYTES, common_beginning,
+};
 use panacea_patch::optimize::{FinalEps, PACK_TOKENS, Panacea, Radius, Rows, Settings};
 use thiserror::Error;
 
@@ -104,7 +106,7 @@ impl MemoryPlan {
             }) => ("6 copies of the targets in f32", 6 * one),
             Settings::Panacea(_) => ("7 copies of the targets in f32", 7 * one),
         };
-        let tokens = largest_pack(rows, settings);
+        let tokens = largest_pack(rows, settings, decoder.shares_beginnings());
         let block = decoder.block_bytes() as u64;
         let mapped = match releases {
             false => ("mapped weights", weights),
@@ -131,17 +133,29 @@ impl MemoryPlan {
     }
 }
 
-/// Tokens of the largest pack that the method computes.
-fn largest_pack(rows: &Rows, settings: &Settings) -> usize {
+/// Tokens of the largest pack that the method computes, if packs hold common beginnings once where the decoder `shares` them.
+fn largest_pack(rows: &Rows, settings: &Settings, shares: bool) -> usize {
     let sets = [&rows.harmful, &rows.refusals, &rows.task, &rows.benign];
     let tokens = |row: &EncodedRow| row.tokens.len();
-    let longest = sets.into_iter().flatten().map(tokens).max().unwrap_or(0);
-    let whole = |set: &[EncodedRow]| set.iter().map(tokens).sum::<usize>();
-    let of_batches = match settings {
-        Settings::Adaptive(adaptive) => adaptive.batch.saturating_mul(longest),
-        Settings::Panacea(panacea) if panacea.steps > 0 => panacea.batch.saturating_mul(longest),
+    let longest = |set: &[EncodedRow]| set.iter().map(tokens).max().unwrap_or(0);
+    let shared = |set: &[EncodedRow]| match shares {
+        true => common_beginning(set),
+        false => 0,
+    };
+    let batches = |set: &[EncodedRow], size: usize| {
+        let shared = shared(set);
+        shared + size.saturating_mul(longest(set) - shared)
+    };
+    let whole = |set: &[EncodedRow]| {
+        let shared = shared(set);
+        shared + set.iter().map(|row| tokens(row) - shared).sum::<usize>()
+    };
+    let size = match settings {
+        Settings::Adaptive(adaptive) => adaptive.batch,
+        Settings::Panacea(panacea) if panacea.steps > 0 => panacea.batch,
         Settings::Panacea(_) | Settings::Random(_) => 0,
     };
+    let of_batches = sets.iter().map(|set| batches(set, size)).max();
     let searches = matches!(
         settings,
         Settings::Random(_)
@@ -153,14 +167,23 @@ fn largest_pack(rows: &Rows, settings: &Settings) -> usize {
     );
     let of_benign = if searches { whole(&rows.benign) } else { 0 };
     let of_harmful = match settings {
+        Settings::Panacea(Panacea {
+            final_eps: FinalEps::LastBatch,
+            rho: Radius::Fixed(_),
+            steps: 1..,
+            ..
+        })
+        | Settings::Adaptive(_)
+        | Settings::Random(_) => 0,
         Settings::Panacea(_) => whole(&rows.harmful),
-        Settings::Adaptive(_) | Settings::Random(_) => 0,
     };
+    let single = sets.iter().map(|set| longest(set)).max().unwrap_or(0);
     of_batches
+        .unwrap_or(0)
         .max(of_benign)
         .max(of_harmful)
         .min(PACK_TOKENS)
-        .max(longest)
+        .max(single)
 }
 
 /// Memory that can be had without swapping, where the system tells.

@@ -9,7 +9,7 @@ use std::path::Path;
 use panacea_formats::{ADAPTER_CONFIG_FILE, Checkpoint, Layout, Perturbation, copied_bytes};
 use panacea_patch::convert::CONVERSION_BYTES;
 use panacea_patch::manifest::{manifest_path, signature_path};
-use panacea_patch::model::{Decoder, EncodedRow};
+use panacea_patch::model::{Decoder, EncodedRow, common_beginning};
 use panacea_patch::optimize::{MOST_RADII, Radius, Rows, Settings};
 use serde_json::{Value, json};
 
@@ -319,23 +319,23 @@ struct Tokens {
 }
 
 impl Tokens {
-    /// As many as `count` rows of `rows` have, by the mean.
+    /// As many as `count` rows of `rows` have, by the mean; what all begin with counts once where packs `share` it.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    fn of(rows: &[EncodedRow], count: usize) -> Self {
-        if rows.is_empty() {
+    fn of(rows: &[EncodedRow], count: usize, share: bool) -> Self {
+        if rows.is_empty() || count == 0 {
             return Self::default();
         }
-        let share = count as f64 / rows.len() as f64;
-        let all: usize = rows.iter().map(|row| row.tokens.len()).sum();
+        let shared = match share {
+            true => common_beginning(rows),
+            false => 0,
+        };
+        let part = count as f64 / rows.len() as f64;
+        let own: usize = rows.iter().map(|row| row.tokens.len() - shared).sum();
         let predicted: usize = rows.iter().map(EncodedRow::predicted).sum();
         Self {
-            all: all as f64 * share,
-            predicted: predicted as f64 * share,
+            all: shared as f64 + own as f64 * part,
+            predicted: predicted as f64 * part,
         }
-    }
-
-    fn whole(rows: &[EncodedRow]) -> Self {
-        Self::of(rows, rows.len())
     }
 }
 
@@ -363,8 +363,10 @@ fn operations(
     let gradient = |tokens: Tokens| {
         (4.0 * blocks + 2.0 * targets) * tokens.all + 4.0 * head * tokens.predicted
     };
-    let trial = forward(Tokens::whole(&rows.benign))
-        + forward(Tokens::of(&rows.task, rows.task.len().min(TASK_ROWS)));
+    let tokens =
+        |rows: &[EncodedRow], count: usize| Tokens::of(rows, count, decoder.shares_beginnings());
+    let trial = forward(tokens(&rows.benign, rows.benign.len()))
+        + forward(tokens(&rows.task, rows.task.len().min(TASK_ROWS)));
     let radius_search = |radius: Radius| match radius {
         Radius::Auto(_) => (TRIALS + 1.0) * trial,
         Radius::Fixed(_) => 0.0,
@@ -374,11 +376,10 @@ fn operations(
             let trials = search.trial_settings(decoder.targets());
             let longest = trials.as_ref().map(|it| it.space.longest(&it.base));
             let adaptive = longest.as_ref().unwrap_or(adaptive);
-            let batch = |rows: &[EncodedRow]| gradient(Tokens::of(rows, adaptive.batch));
+            let batch = |rows: &[EncodedRow]| gradient(tokens(rows, adaptive.batch));
             let guards = batch(&rows.benign) + batch(&rows.task);
             let held = (rows.harmful.len() / 4).clamp(1, 24);
-            let look = forward(Tokens::of(&rows.harmful, held))
-                + forward(Tokens::of(&rows.refusals, held));
+            let look = forward(tokens(&rows.harmful, held)) + forward(tokens(&rows.refusals, held));
             let contrast = batch(&rows.harmful) + batch(&rows.refusals) + guards + look;
             // Each run of contrast steps, of which there may be as many as steps, is followed by repair.
             let repair = adaptive.repair_steps as f64 * guards + look;
@@ -393,8 +394,8 @@ fn operations(
             }
         }
         Settings::Panacea(panacea) => {
-            let batch = |rows: &[EncodedRow]| gradient(Tokens::of(rows, panacea.batch));
-            let whole = Tokens::whole(&rows.harmful);
+            let batch = |rows: &[EncodedRow]| gradient(tokens(rows, panacea.batch));
+            let whole = tokens(&rows.harmful, rows.harmful.len());
             let first = match panacea.rho {
                 Radius::Auto(_) => gradient(whole),
                 Radius::Fixed(_) => 0.0,

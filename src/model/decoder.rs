@@ -255,6 +255,13 @@ impl<'c> Decoder<'c> {
         self.weights.blocks.iter().map(of_block).max().unwrap_or(0)
     }
 
+    /// Whether packs may hold what their rows begin with once ([`Pack::sharing`]): not where the length of a row decides how its beginning is
+    /// rotated.
+    pub fn shares_beginnings(&self) -> bool {
+        let mut rotary = self.config.rotary.iter();
+        rotary.all(|frequencies| frequencies.switches_above().is_none())
+    }
+
     /// Bytes of activations that a pack of `tokens` tokens needs at most, besides weights and gradients.
     pub fn activation_bytes(&self, activations: Activations, tokens: usize) -> usize {
         let config = &self.config;

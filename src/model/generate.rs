@@ -1,6 +1,6 @@
 //! Greedy decoding: prompts in, the tokens that the model finds most probable after them out.
 //!
-//! Prompts are computed end to end in packs, as for a loss, and each block's keys and values are kept. From then on all sequences that
+//! Prompts are computed end to end in packs, as for a loss, what all of them begin with once, and each block's keys and values are kept. From then on all sequences that
 //! are not at their end advance together, one token each: a row of each through every matrix, which is read once for all of them.
 //!
 //! The longest prompts come first, and others enter when half of the places are free, so that there are rows enough for the machine
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::decoder::{Decoder, PackError};
 use super::kernels::cached::Cache;
 use super::kernels::norm;
-use super::pack::Pack;
+use super::pack::{LEAST_SHARED, Pack, shared_length};
 use super::point::Point;
 use super::step::{Step, StepScratch};
 use super::stream::stream_matrix;
@@ -62,7 +62,8 @@ impl Decoder<'_> {
     /// The tokens are those that computing the whole sequence anew for each of them would give, but for sums in another order: where
     /// two logits are within some units in the last place, either may be taken. The number of threads changes nothing. Nor do other
     /// prompts, once a prompt itself is computed: that is a pack's forward pass, whose products are summed in an order that depends on
-    /// their inner dimension, except of no more than 64 x 64 elements. A sequence that grows beyond the length at which a model takes
+    /// their inner dimension, except of no more than 64 x 64 elements, and in which attention sums what the prompts of the pack begin with apart
+    /// from the rest. A sequence that grows beyond the length at which a model takes
     /// other rotary frequencies is computed anew there, since its keys are; transformers does so too, though for all of a batch.
     ///
     /// Every token reads all weights, so that with [`Decoder::releasing`] their pages are given back at the end, not block by block.
@@ -154,8 +155,12 @@ impl Decoder<'_> {
             }
             let (mut new, mut known): (Vec<_>, Vec<_>) =
                 running.iter_mut().partition(|it| it.caches.is_empty());
-            for pack in packs(&mut new) {
-                self.enter(point, pack, &mut scratch)?;
+            let shared = match self.shares_beginnings() {
+                true => common_beginning(&new),
+                false => 0,
+            };
+            for pack in packs(&mut new, shared) {
+                self.enter(point, pack, shared, &mut scratch)?;
             }
             if !known.is_empty() {
                 self.step(point, &mut known, &mut scratch);
@@ -188,19 +193,22 @@ impl Decoder<'_> {
         }
     }
 
-    /// Computes whole sequences, keeps their keys and values, and appends a token to each.
+    /// Computes whole sequences, which begin with the same `shared` tokens, keeps their keys and values, and appends a token to each.
     fn enter(
         &mut self,
         point: Point<'_>,
         sequences: &mut [&mut Sequence],
+        shared: usize,
         scratch: &mut Scratch,
     ) -> Result<(), PackError> {
+        let beginning = sequences.first().map(|it| it.tokens[..shared].to_vec());
         let mut pack = Pack {
-            starts: vec![0],
+            tokens: beginning.unwrap_or_default(),
+            starts: vec![shared],
             ..Pack::default()
         };
         for sequence in &*sequences {
-            pack.tokens.extend_from_slice(&sequence.tokens);
+            pack.tokens.extend_from_slice(&sequence.tokens[shared..]);
             pack.starts.push(pack.tokens.len());
         }
         let (heads, hidden) = (self.config.heads(), self.config.hidden_size);
@@ -208,8 +216,9 @@ impl Decoder<'_> {
         let x = self.visit_heads(point, &pack, |block, rotated| {
             for (sequence, range) in sequences.iter_mut().zip(pack.starts.windows(2)) {
                 let mut cache = Cache::default();
-                let range = range[0]..range[1];
-                cache.extend(rotated, pack.tokens.len(), range, heads, windows[block]);
+                for range in [0..shared, range[0]..range[1]] {
+                    cache.extend(rotated, pack.tokens.len(), range, heads, windows[block]);
+                }
                 sequence.caches.push(cache);
             }
         })?;
@@ -286,15 +295,16 @@ struct Scratch {
     logits: Vec<f32>,
 }
 
-/// Cuts sequences into runs of about [`PACK_TOKENS`] tokens.
+/// Cuts sequences, which begin with the same `shared` tokens, into runs of about [`PACK_TOKENS`] tokens.
 fn packs<'p, 's>(
     sequences: &'p mut [&'s mut Sequence],
+    shared: usize,
 ) -> impl Iterator<Item = &'p mut [&'s mut Sequence]> {
     let mut rest = sequences;
     std::iter::from_fn(move || {
-        let mut tokens = 0;
+        let mut tokens = shared;
         let fits = rest.iter().take_while(|it| {
-            tokens += it.tokens.len();
+            tokens += it.tokens.len() - shared;
             tokens <= PACK_TOKENS
         });
         let count = fits.count().max(1).min(rest.len());
@@ -302,6 +312,23 @@ fn packs<'p, 's>(
         rest = left;
         (!pack.is_empty()).then_some(pack)
     })
+}
+
+/// How many tokens all of `sequences` begin with, as far as it pays to compute them once; each keeps one of its own.
+fn common_beginning(sequences: &[&mut Sequence]) -> usize {
+    let Some((first, others)) = sequences.split_first() else {
+        return 0;
+    };
+    let mut common = first.tokens.len() - 1;
+    for other in others {
+        let most = common.min(other.tokens.len() - 1);
+        common = shared_length(&first.tokens[..most], &other.tokens);
+    }
+    match common {
+        _ if others.is_empty() => 0,
+        few if few < LEAST_SHARED => 0,
+        enough => enough,
+    }
 }
 
 /// Tokens of prompts that are computed together, if there are several: enough to make reading the weights cheap beside the products.

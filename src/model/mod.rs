@@ -38,7 +38,7 @@ pub use decoder::{Activations, Decoder, PackError};
 pub use family::MODEL_TYPES;
 pub use generate::Generation;
 pub use head::{LOGITS_BYTES, LossSum, TILE_BYTES};
-pub use pack::{EncodedRow, Pack, Prediction};
+pub use pack::{EncodedRow, Pack, Prediction, common_beginning};
 pub use point::Point;
 pub use targets::{SelectionError, Target, TargetSelection, place_of_module};
 pub use tensors::TargetTensors;

@@ -1,7 +1,8 @@
 //! Packed batches: encoded rows end to end, without padding.
 //!
 //! In: rows of token ids with a mask of the tokens the loss is taken on. Out: one flat sequence that attention treats as
-//! block-diagonal, and the list of positions whose logits are needed. No padded token exists, so none is multiplied.
+//! block-diagonal, and the list of positions whose logits are needed. No padded token exists, so none is multiplied; and what all
+//! rows begin with, as a template or an instruction does, can be there once for all of them.
 
 /// One row as token ids, with the tokens that are to be predicted marked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,38 +36,78 @@ pub struct Prediction {
 /// Rows end to end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pack {
-    /// All token ids, row after row.
+    /// All token ids: what every row begins with, and then what is left of each.
     pub tokens: Vec<u32>,
-    /// Where each row begins in `tokens`, and, last, where the last one ends: one longer than the number of rows.
+    /// Where each row's own tokens begin in `tokens`, and, last, where the last one's end: one longer than the number of rows. What is before the
+    /// first is the beginning of every row.
     pub starts: Vec<usize>,
     /// Where a loss is taken, in ascending order of position.
     pub predictions: Vec<Prediction>,
 }
 
 impl Pack {
-    /// Lays `rows` end to end, in their order.
+    /// Lays `rows` end to end, in their order, each whole.
     pub fn of<'a>(rows: impl IntoIterator<Item = &'a EncodedRow>) -> Self {
+        Self::behind(0, rows)
+    }
+
+    /// Lays `rows` end to end, in their order, with their common beginning once: the same losses and gradients for less work, but
+    /// for sums in another order. Only for decoders that [share beginnings](super::Decoder::shares_beginnings).
+    pub fn sharing(rows: &[&EncodedRow]) -> Self {
+        Self::behind(common_beginning(rows.iter().copied()), rows.iter().copied())
+    }
+
+    /// `rows`, of which the first `shared` tokens are the same.
+    fn behind<'a>(shared: usize, rows: impl IntoIterator<Item = &'a EncodedRow>) -> Self {
         let mut pack = Self {
-            starts: vec![0],
+            starts: vec![shared],
             ..Self::default()
         };
         for row in rows {
+            if pack.tokens.is_empty() {
+                pack.tokens.extend_from_slice(&row.tokens[..shared]);
+            }
             let start = pack.tokens.len();
-            pack.tokens.extend_from_slice(&row.tokens);
+            pack.tokens.extend_from_slice(&row.tokens[shared..]);
             pack.starts.push(pack.tokens.len());
-            pack.predictions
-                .extend(
-                    (1..row.tokens.len())
-                        .filter(|&i| row.in_loss[i])
-                        .map(|i| Prediction {
-                            position: start + i - 1,
-                            token: row.tokens[i],
-                        }),
-                );
+            let predicted = (1..row.tokens.len()).filter(|&i| row.in_loss[i]);
+            pack.predictions.extend(predicted.map(|i| Prediction {
+                position: start + i - shared - 1,
+                token: row.tokens[i],
+            }));
         }
         pack
     }
 }
+
+/// How many tokens `rows` have in common at their beginning, as far as it pays to compute them once: no fewer than [`LEAST_SHARED`], or none.
+///
+/// Each row keeps a token of its own, and the one whose logits are its first prediction.
+pub fn common_beginning<'a>(rows: impl IntoIterator<Item = &'a EncodedRow>) -> usize {
+    let mut rows = rows.into_iter().map(|row| {
+        let first = (1..row.tokens.len()).find(|&i| row.in_loss[i]);
+        &row.tokens[..first.unwrap_or(row.tokens.len()).saturating_sub(1)]
+    });
+    let (Some(first), Some(second)) = (rows.next(), rows.next()) else {
+        return 0;
+    };
+    let mut common = first;
+    for row in std::iter::once(second).chain(rows) {
+        common = &common[..shared_length(common, row)];
+    }
+    match common.len() {
+        few if few < LEAST_SHARED => 0,
+        enough => enough,
+    }
+}
+
+/// How many tokens `a` and `b` begin with alike.
+pub(super) fn shared_length(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Tokens that are worth attending to apart from the others.
+pub(super) const LEAST_SHARED: usize = 8;
 
 #[cfg(test)]
 mod tests {
@@ -99,5 +140,38 @@ mod tests {
             ]
         );
         assert_eq!((a.predicted(), b.predicted()), (1, 1));
+    }
+
+    #[test]
+    fn a_common_beginning_stands_once_and_leaves_each_row_its_first_prediction() {
+        let row = |own: &[u32], predicted: usize| {
+            let tokens: Vec<u32> = (100..110).chain(own.iter().copied()).collect();
+            let in_loss = (0..tokens.len()).map(|i| i + predicted >= tokens.len());
+            EncodedRow {
+                in_loss: in_loss.collect(),
+                tokens,
+            }
+        };
+        let (a, b) = (row(&[1, 2, 3], 1), row(&[4, 5], 1));
+        let pack = Pack::sharing(&[&a, &b]);
+        let beginning: Vec<u32> = (100..110).collect();
+        assert_eq!(pack.tokens, [&beginning[..], &[1, 2, 3, 4, 5]].concat());
+        assert_eq!(pack.starts, [10, 13, 15]);
+        let places: Vec<usize> = pack.predictions.iter().map(|it| it.position).collect();
+        assert_eq!(places, [11, 13]);
+        // The same request twice: what predicts each row's first token is its own.
+        let (a, b) = (row(&[1, 2], 2), row(&[3, 4], 2));
+        let pack = Pack::sharing(&[&a, &b]);
+        assert_eq!(pack.starts, [9, 12, 15]);
+        let of_first: Vec<_> = pack.predictions.iter().step_by(2).collect();
+        let first = |position| Prediction {
+            position,
+            token: pack.tokens[position + 1],
+        };
+        assert_eq!(of_first, [&first(9), &first(12)]);
+        // A row alone, too little in common, and predictions from the start.
+        assert_eq!(common_beginning([&a]), 0);
+        assert_eq!(common_beginning([&row(&[1], 4), &row(&[2], 5)]), 0);
+        assert_eq!(Pack::sharing(&[&a]), Pack::of([&a]));
     }
 }

@@ -12,6 +12,7 @@ use super::radius::RadiusPoint;
 use super::region::Region;
 use crate::model::{
     Decoder, EncodedRow, LossSum, Pack, PackError, Point, TargetTensors, WeightsError,
+    common_beginning,
 };
 
 /// Tokens computed together, at most, but for a single row that is longer: enough for matrix products to run at full speed and for
@@ -157,25 +158,36 @@ impl<'r> Batch<'r> {
         self.places.len()
     }
 
-    /// The rows in order, cut into as few packs as can be, of about the same size.
-    fn packs(&self) -> Vec<Pack> {
+    /// The rows in order, cut into as few packs as can be, of about the same size, with what they begin with once in each if `shares`.
+    fn packs(&self, shares: bool) -> Vec<Pack> {
         let rows = self.places.iter().map(|&place| &self.rows[place]);
-        let total: usize = rows.clone().map(|row| row.tokens.len()).sum();
-        let even = total.div_ceil(total.div_ceil(PACK_TOKENS).max(1));
+        let shared = match shares {
+            true => common_beginning(rows.clone()),
+            false => 0,
+        };
+        let pack = |rows: &[&EncodedRow]| match shares {
+            true => Pack::sharing(rows),
+            false => Pack::of(rows.iter().copied()),
+        };
+        let room = PACK_TOKENS.saturating_sub(shared).max(1);
+        let own = |row: &EncodedRow| row.tokens.len() - shared;
+        let total: usize = rows.clone().map(own).sum();
+        let even = total.div_ceil(total.div_ceil(room).max(1));
         let mut packs = Vec::new();
         let mut members: Vec<&EncodedRow> = Vec::new();
         let mut tokens = 0;
         for row in rows {
-            let length = row.tokens.len();
-            let is_full = tokens + length > PACK_TOKENS || tokens + length / 2 > even;
+            let length = own(row);
+            let is_full = tokens + length > room || tokens + length / 2 > even;
             if is_full && !members.is_empty() {
-                packs.push(Pack::of(members.drain(..)));
+                packs.push(pack(&members));
+                members.clear();
                 tokens = 0;
             }
             tokens += length;
             members.push(row);
         }
-        packs.push(Pack::of(members));
+        packs.push(pack(&members));
         packs
     }
 }
@@ -376,7 +388,7 @@ impl<'e, 'c> Engine<'e, 'c> {
         batch: &Batch<'_>,
         mut work: impl FnMut(&mut Decoder<'c>, usize, &Pack) -> Result<LossSum, PackError>,
     ) -> Result<f64, OptimizeError> {
-        let packs = batch.packs();
+        let packs = batch.packs(self.decoder.shares_beginnings());
         let total = packs.iter().map(|pack| pack.tokens.len()).sum();
         let what = batch.set.to_string();
         let (mut sum, mut done) = (LossSum::default(), 0);
@@ -442,16 +454,29 @@ mod tests {
         let sizes = |lengths: &[usize]| -> Vec<usize> {
             let row = |&n: &usize| EncodedRow {
                 tokens: vec![1; n],
+                // Predicted from the start, so that nothing is shared.
                 in_loss: vec![true; n],
             };
             let rows: Vec<EncodedRow> = lengths.iter().map(row).collect();
             let batch = Batch::whole(Set::Task, &rows);
-            batch.packs().iter().map(|p| p.tokens.len()).collect()
+            batch.packs(true).iter().map(|p| p.tokens.len()).collect()
         };
         assert_eq!(sizes(&[600, 424]), [1024]);
         assert_eq!(sizes(&[600, 425]), [600, 425]);
         assert_eq!(sizes(&[2000, 24]), [2000, 24]);
         assert_eq!(sizes(&[85; 13]), [7 * 85, 6 * 85]);
         assert_eq!(sizes(&[900, 900, 1]), [900, 901]);
+        // With a beginning of 60 tokens in each: 13 rows of 85 are one pack of 60 + 13 x 25.
+        let row = EncodedRow {
+            tokens: (0..60).chain([7; 25]).collect(),
+            in_loss: (0..85).map(|i| i > 60).collect(),
+        };
+        let rows = vec![row; 13];
+        let batch = Batch::whole(Set::Task, &rows);
+        let of_each = |packs: Vec<Pack>| -> Vec<usize> {
+            packs.iter().map(|pack| pack.tokens.len()).collect()
+        };
+        assert_eq!(of_each(batch.packs(true)), [60 + 13 * 25]);
+        assert_eq!(of_each(batch.packs(false)), [7 * 85, 6 * 85]);
     }
 }

@@ -19,9 +19,11 @@ use crate::model::matmul::{Matrix, MatrixMut, Output, Threads, matmul};
 const BLOCK: usize = 64;
 
 /// What a token may attend to.
+///
+/// Tokens before the first start are the beginning of every sequence: computed once, and seen by all of them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pattern<'a> {
-    /// Where each sequence begins among the tokens, and, last, where the last one ends.
+    /// Where the own tokens of each sequence begin, and, last, where the last ones end.
     pub starts: &'a [usize],
     /// How many tokens, itself included, a token looks back on; `None` is all of its sequence.
     pub window: Option<usize>,
@@ -40,16 +42,85 @@ impl Pattern<'_> {
         self.starts.last().copied().unwrap_or(0)
     }
 
-    /// The tokens of each sequence.
-    fn sequences(&self) -> impl Iterator<Item = Range<usize>> {
-        self.starts.windows(2).map(|pair| pair[0]..pair[1])
+    /// How many tokens all sequences begin with.
+    fn shared(&self) -> usize {
+        self.starts.first().copied().unwrap_or(0)
     }
 
-    /// The first token that token `query` of the sequence beginning at `start` sees.
+    /// The shared beginning, and the own tokens of each sequence.
+    fn segments(&self) -> impl Iterator<Item = Segment> {
+        let shared = self.shared();
+        let beginning = Segment {
+            before: 0,
+            tokens: 0..shared,
+        };
+        let own = self.starts.windows(2).map(move |pair| Segment {
+            before: shared,
+            tokens: pair[0]..pair[1],
+        });
+        std::iter::once(beginning).chain(own)
+    }
+
+    /// The first position that the one at `position` of the same sequence sees.
     #[inline(always)]
-    fn first_key(&self, query: usize, start: usize) -> usize {
+    fn first_seen(&self, position: usize) -> usize {
         let reach = self.window.unwrap_or(usize::MAX);
-        start.max((query + 1).saturating_sub(reach))
+        (position + 1).saturating_sub(reach)
+    }
+
+    /// The keys that the tokens `queries` of `segment` see, all together.
+    fn keys(&self, segment: &Segment, queries: &Range<usize>) -> Keys {
+        let first = self.first_seen(segment.position(queries.start));
+        let own = first.saturating_sub(segment.before) + segment.tokens.start;
+        Keys {
+            first,
+            parts: [first.min(segment.before)..segment.before, own..queries.end],
+        }
+    }
+}
+
+/// Tokens that are computed as one sequence, which may begin with the shared ones.
+#[derive(Clone, Debug)]
+struct Segment {
+    /// How many shared tokens come before: those from the pack's first on.
+    before: usize,
+    /// Its own.
+    tokens: Range<usize>,
+}
+
+impl Segment {
+    /// Where in the sequence the own token `token` stands.
+    #[inline(always)]
+    fn position(&self, token: usize) -> usize {
+        self.before + token - self.tokens.start
+    }
+}
+
+/// Keys of a block of queries: positions of one sequence without a gap, which are two runs of tokens.
+#[derive(Clone, Debug)]
+struct Keys {
+    /// The first one's position.
+    first: usize,
+    /// Shared tokens, and own ones.
+    parts: [Range<usize>; 2],
+}
+
+impl Keys {
+    fn len(&self) -> usize {
+        self.parts[0].len() + self.parts[1].len()
+    }
+
+    /// Each run that is not empty, with its place among the keys and whether it is of shared tokens.
+    fn runs(&self) -> impl Iterator<Item = (usize, Range<usize>, bool)> {
+        let [shared, own] = self.parts.clone();
+        let runs = [(0, shared.clone(), true), (shared.len(), own, false)];
+        runs.into_iter().filter(|(_, tokens, _)| !tokens.is_empty())
+    }
+
+    /// Which of them the query at `position` sees.
+    #[inline(always)]
+    fn seen(&self, pattern: &Pattern<'_>, position: usize) -> Range<usize> {
+        pattern.first_seen(position) - self.first..position + 1 - self.first
     }
 }
 
@@ -67,36 +138,38 @@ pub(crate) fn forward(
     let view = |head: usize, range: Range<usize>| head_matrix(heads_in, head, tokens, dim, range);
     let mut blocks = Vec::new();
     let (mut attended, mut lse) = (attended, lse);
-    for sequence in pattern.sequences() {
-        for queries in blocks_of(sequence.clone()) {
+    for segment in pattern.segments() {
+        for queries in blocks_of(segment.tokens.clone()) {
             let (rows, rest) = attended.split_at_mut(queries.len() * heads.query * dim);
             let (row_lse, rest_lse) = lse.split_at_mut(queries.len() * heads.query);
             (attended, lse) = (rest, rest_lse);
-            blocks.push((sequence.start, queries, rows, row_lse));
+            blocks.push((segment.clone(), queries, rows, row_lse));
         }
     }
     blocks
         .into_par_iter()
-        .for_each_init(Vec::new, |scores, (start, queries, rows, lse)| {
-            let keys = pattern.first_key(queries.start, start)..queries.end;
+        .for_each_init(Vec::new, |scores, (segment, queries, rows, lse)| {
+            let keys = pattern.keys(&segment, &queries);
+            let cols = keys.len();
             for head in 0..heads.query {
                 let shared = heads.query + head / (heads.query / heads.key_value);
-                scores.resize(queries.len() * keys.len(), 0.0);
-                matmul(
-                    MatrixMut::new(scores, queries.len(), keys.len()),
-                    Output::Overwrite,
-                    scores_of.scale,
-                    view(head, queries.clone()),
-                    view(shared, keys.clone()).t(),
-                    Threads::One,
-                );
+                scores.resize(queries.len() * cols, 0.0);
+                for (at, tokens, _) in keys.runs() {
+                    let len = tokens.len();
+                    matmul(
+                        MatrixMut::strided(&mut scores[at..], queries.len(), len, cols),
+                        Output::Overwrite,
+                        scores_of.scale,
+                        view(head, queries.clone()),
+                        view(shared, tokens).t(),
+                        Threads::One,
+                    );
+                }
                 simd(
                     #[inline(always)]
                     || {
-                        for (i, row) in scores.chunks_exact_mut(keys.len()).enumerate() {
-                            let query = queries.start + i;
-                            let seen = pattern.first_key(query, start) - keys.start
-                                ..query + 1 - keys.start;
+                        for (i, row) in scores.chunks_exact_mut(cols).enumerate() {
+                            let seen = keys.seen(&pattern, segment.position(queries.start + i));
                             if let Some(cap) = scores_of.softcap {
                                 soft_cap(&mut row[seen.clone()], cap);
                             }
@@ -104,19 +177,19 @@ pub(crate) fn forward(
                         }
                     },
                 );
-                matmul(
-                    MatrixMut::strided(
-                        &mut rows[head * dim..],
-                        queries.len(),
-                        dim,
-                        heads.query * dim,
-                    ),
-                    Output::Overwrite,
-                    1.0,
-                    Matrix::new(scores, queries.len(), keys.len()),
-                    view(shared + heads.key_value, keys.clone()),
-                    Threads::One,
-                );
+                let mut output = Output::Overwrite;
+                for (at, tokens, _) in keys.runs() {
+                    let out = &mut rows[head * dim..];
+                    matmul(
+                        MatrixMut::strided(out, queries.len(), dim, heads.query * dim),
+                        output,
+                        1.0,
+                        Matrix::strided(&scores[at..], queries.len(), tokens.len(), cols),
+                        view(shared + heads.key_value, tokens),
+                        Threads::One,
+                    );
+                    output = Output::Add;
+                }
             }
         });
 }
@@ -148,27 +221,32 @@ pub(crate) fn backward(
     let group = heads.query / heads.key_value;
     let (d_queries, rest) = d_heads.split_at_mut(heads.query * tokens * dim);
     let (d_keys, d_values) = rest.split_at_mut(heads.key_value * tokens * dim);
+    // What each sequence adds to the gradients of shared keys and values: keys, then values.
+    let (shared, sequences) = (pattern.shared() * dim, pattern.starts.len() - 1);
+    let mut of_shared = vec![0.0; heads.key_value * sequences * 2 * shared];
+    let mut left = &mut of_shared[..];
     let mut tasks = Vec::new();
     let per_head = d_queries
         .chunks_exact_mut(group * tokens * dim)
         .zip(d_keys.chunks_exact_mut(tokens * dim))
         .zip(d_values.chunks_exact_mut(tokens * dim));
-    for (shared, ((d_queries, d_keys), d_values)) in per_head.enumerate() {
+    for (index, ((d_queries, d_keys), d_values)) in per_head.enumerate() {
         let mut queries_of_heads: Vec<&mut [f32]> =
             d_queries.chunks_exact_mut(tokens * dim).collect();
         let (mut d_keys, mut d_values) = (d_keys, d_values);
-        for sequence in pattern.sequences() {
-            let size = sequence.len() * dim;
+        for segment in pattern.segments() {
+            let size = segment.tokens.len() * dim;
             let d_queries = queries_of_heads
                 .iter_mut()
                 .map(|rest| split_off(rest, size))
                 .collect();
+            let before = segment.before * dim;
             tasks.push(Task {
-                shared,
-                sequence,
+                shared: index,
+                segment,
                 d_queries,
-                d_keys: split_off(&mut d_keys, size),
-                d_values: split_off(&mut d_values, size),
+                d_keys: [split_off(&mut left, before), split_off(&mut d_keys, size)],
+                d_values: [split_off(&mut left, before), split_off(&mut d_values, size)],
             });
         }
     }
@@ -177,15 +255,31 @@ pub(crate) fn backward(
         .for_each_init(Scratch::default, |scratch, task| {
             task.run(d_attended, kept, pattern, heads, scores_of, scratch)
         });
+    if shared == 0 {
+        return;
+    }
+    // One sequence after the other, whoever computed them.
+    let of_heads = of_shared.chunks_exact(sequences * 2 * shared);
+    for (index, of_head) in of_heads.enumerate() {
+        let at = index * tokens * dim..index * tokens * dim + shared;
+        for of_sequence in of_head.chunks_exact(2 * shared) {
+            let (keys, values) = of_sequence.split_at(shared);
+            for (sum, more) in [(&mut *d_keys, keys), (&mut *d_values, values)] {
+                let sum = sum[at.clone()].iter_mut();
+                sum.zip(more).for_each(|(sum, more)| *sum += more);
+            }
+        }
+    }
 }
 
-/// The backward of one key-value head, with the query heads that share it, over one sequence.
+/// The backward of one key-value head, with the query heads that share it, over one segment.
 struct Task<'a> {
     shared: usize,
-    sequence: Range<usize>,
+    segment: Segment,
     d_queries: Vec<&'a mut [f32]>,
-    d_keys: &'a mut [f32],
-    d_values: &'a mut [f32],
+    /// Of the shared tokens before the segment, and of its own.
+    d_keys: [&'a mut [f32]; 2],
+    d_values: [&'a mut [f32]; 2],
 }
 
 /// Buffers of one thread.
@@ -208,17 +302,20 @@ impl Task<'_> {
         Scratch { p, ds }: &mut Scratch,
     ) {
         let (dim, tokens) = (heads.dim, pattern.tokens());
-        let (start, width) = (self.sequence.start, heads.query * dim);
+        let (segment, width) = (self.segment, heads.query * dim);
+        let start = segment.tokens.start;
         let key_head = heads.query + self.shared;
         let view =
             |head: usize, range: Range<usize>| head_matrix(kept.heads_in, head, tokens, dim, range);
-        self.d_keys.fill(0.0);
-        self.d_values.fill(0.0);
+        let (mut d_keys, mut d_values) = (self.d_keys, self.d_values);
+        for gradient in d_keys.iter_mut().chain(&mut d_values) {
+            gradient.fill(0.0);
+        }
         let group = self.d_queries.len();
         for (member, d_queries) in self.d_queries.into_iter().enumerate() {
             let head = self.shared * group + member;
-            for queries in blocks_of(self.sequence.clone()) {
-                let keys = pattern.first_key(queries.start, start)..queries.end;
+            for queries in blocks_of(segment.tokens.clone()) {
+                let keys = pattern.keys(&segment, &queries);
                 let (rows, cols) = (queries.len(), keys.len());
                 let d_rows = Matrix::strided(
                     &d_attended[queries.start * width + head * dim..],
@@ -226,26 +323,27 @@ impl Task<'_> {
                     dim,
                     width,
                 );
-                let local =
-                    |range: &Range<usize>| (range.start - start) * dim..(range.end - start) * dim;
                 p.resize(rows * cols, 0.0);
                 ds.resize(rows * cols, 0.0);
-                matmul(
-                    MatrixMut::new(p, rows, cols),
-                    Output::Overwrite,
-                    scale,
-                    view(head, queries.clone()),
-                    view(key_head, keys.clone()).t(),
-                    Threads::One,
-                );
-                matmul(
-                    MatrixMut::new(ds, rows, cols),
-                    Output::Overwrite,
-                    1.0,
-                    d_rows,
-                    view(key_head + heads.key_value, keys.clone()).t(),
-                    Threads::One,
-                );
+                for (at, tokens, _) in keys.runs() {
+                    let len = tokens.len();
+                    matmul(
+                        MatrixMut::strided(&mut p[at..], rows, len, cols),
+                        Output::Overwrite,
+                        scale,
+                        view(head, queries.clone()),
+                        view(key_head, tokens.clone()).t(),
+                        Threads::One,
+                    );
+                    matmul(
+                        MatrixMut::strided(&mut ds[at..], rows, len, cols),
+                        Output::Overwrite,
+                        1.0,
+                        d_rows,
+                        view(key_head + heads.key_value, tokens).t(),
+                        Threads::One,
+                    );
+                }
                 simd(
                     #[inline(always)]
                     || {
@@ -255,8 +353,7 @@ impl Task<'_> {
                             .enumerate()
                         {
                             let query = queries.start + i;
-                            let seen = pattern.first_key(query, start) - keys.start
-                                ..query + 1 - keys.start;
+                            let seen = keys.seen(&pattern, segment.position(query));
                             let at = query * width + head * dim..query * width + (head + 1) * dim;
                             let drift = dot(&d_attended[at.clone()], &kept.attended[at]);
                             let lse = kept.lse[query * heads.query + head];
@@ -279,30 +376,40 @@ impl Task<'_> {
                         }
                     },
                 );
-                matmul(
-                    MatrixMut::new(&mut self.d_values[local(&keys)], cols, dim),
-                    Output::Add,
-                    1.0,
-                    Matrix::new(p, rows, cols).t(),
-                    d_rows,
-                    Threads::One,
-                );
-                matmul(
-                    MatrixMut::new(&mut self.d_keys[local(&keys)], cols, dim),
-                    Output::Add,
-                    scale,
-                    Matrix::new(ds, rows, cols).t(),
-                    view(head, queries.clone()),
-                    Threads::One,
-                );
-                matmul(
-                    MatrixMut::new(&mut d_queries[local(&queries)], rows, dim),
-                    Output::Overwrite,
-                    scale,
-                    Matrix::new(ds, rows, cols),
-                    view(key_head, keys),
-                    Threads::One,
-                );
+                let d_block = &mut d_queries[(queries.start - start) * dim..][..rows * dim];
+                let mut output = Output::Overwrite;
+                for (at, tokens, is_shared) in keys.runs() {
+                    // Where the run's gradients are: shared tokens are the first of all.
+                    let (part, from) = if is_shared { (0, 0) } else { (1, start) };
+                    let len = tokens.len();
+                    let local = (tokens.start - from) * dim..(tokens.end - from) * dim;
+                    matmul(
+                        MatrixMut::new(&mut d_values[part][local.clone()], len, dim),
+                        Output::Add,
+                        1.0,
+                        Matrix::strided(&p[at..], rows, len, cols).t(),
+                        d_rows,
+                        Threads::One,
+                    );
+                    let ds = Matrix::strided(&ds[at..], rows, len, cols);
+                    matmul(
+                        MatrixMut::new(&mut d_keys[part][local], len, dim),
+                        Output::Add,
+                        scale,
+                        ds.t(),
+                        view(head, queries.clone()),
+                        Threads::One,
+                    );
+                    matmul(
+                        MatrixMut::new(d_block, rows, dim),
+                        output,
+                        scale,
+                        ds,
+                        view(key_head, tokens),
+                        Threads::One,
+                    );
+                    output = Output::Add;
+                }
             }
         }
     }

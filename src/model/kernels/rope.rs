@@ -25,14 +25,20 @@ pub(crate) struct Rotations {
 }
 
 impl Rotations {
-    /// Makes room for the sequences that begin at `starts` (the last one is where the last sequence ends), and notes where in its
-    /// own sequence each token stands. The angles are `position * inverse[i]`, computed in f32 as transformers does.
+    /// Makes room for the sequences whose own tokens begin at `starts` (the last one is where the last sequence ends) behind a beginning that they
+    /// share, and notes where in its sequence each token stands. The angles are `position * inverse[i]`, computed in f32 as transformers does.
+    ///
+    /// A beginning takes the frequencies of its own length: [`Frequencies::switches_above`] and sharing do not go together.
     pub(crate) fn prepare(&mut self, frequencies: &Frequencies, starts: &[usize]) {
-        let lengths = starts.windows(2).map(|pair| pair[1] - pair[0]);
-        let places = lengths
-            .clone()
-            .flat_map(|length| (0..length).map(move |position| (position, length)));
-        self.place(frequencies, lengths.max(), places);
+        let shared = starts.first().copied().unwrap_or(0);
+        let own = starts
+            .windows(2)
+            .map(|pair| shared..shared + pair[1] - pair[0]);
+        let sequences = std::iter::once(0..shared).chain(own);
+        let longest = sequences.clone().map(|positions| positions.end).max();
+        let places =
+            sequences.flat_map(|positions| positions.clone().map(move |at| (at, positions.end)));
+        self.place(frequencies, longest, places);
     }
 
     /// As [`Self::prepare`], for the last token alone of sequences of these `lengths`.
