@@ -9,8 +9,8 @@ their medians and spread, and the ratios peer / binary (above 1: the binary is t
 not in the seconds, but in the memory. Extra flags for the binary alone: --binary-flag=--recompute, as often as wanted.
 
 Operations are those that a step cannot do without, by the binary's own `--dry-run`: products with weights, at unpadded tokens, with the head
-at predicted ones only; not attention, not what is computed twice. The ceiling is the best of PyTorch's product of two 2048 x 2048 f32
-matrices, on as many threads, before and after each run. --reference PROGRAM.py runs one more PyTorch program that takes the flags MODEL --harmful
+at predicted ones only, what a batch's rows begin with once; not attention, not what is computed twice. The ceiling is the best product of two 2048 x 2048
+f32 matrices on as many threads, before each run: PyTorch's, or with --ceiling target/release/examples/ceiling that of a kernel which may be faster. --reference PROGRAM.py runs one more PyTorch program that takes the flags MODEL --harmful
 --task --steps --batch --max-length --rho --lambda --lr --threads --final-eps --json and prints seconds_per_step and peak memory.
 With --steps 0 a pass over the whole harmful set (T = 0) is measured, by its wall time.
 """
@@ -47,6 +47,7 @@ def main():
     a.add_argument("--runs", type=int, default=3)
     a.add_argument("--binary-flag", action="append", default=[])
     a.add_argument("--peer-flag", action="append", default=[])
+    a.add_argument("--ceiling", help="one more program that prints the GFLOP/s of its best product")
     a.add_argument("--reference", help="one more PyTorch program to compare with")
     o = a.parse_args()
     shared = ["--harmful", o.harmful, "--task", o.task, "--template", o.template, "--steps", str(o.steps), "--batch", str(o.batch),
@@ -67,7 +68,9 @@ def main():
                 commands["reference"] = [o.python, o.reference, o.model, *flags]
             # Who goes first alternates too: the first finds the checkpoint cold.
             for name in names if run % 2 == 0 else reversed(names):
-                ceiling = max(ceiling, matrix_ceiling(o.python, o.threads))
+                ceiling = max(ceiling, matrix_ceiling([o.python, "-c", CEILING], o.threads))
+                if o.ceiling:
+                    ceiling = max(ceiling, matrix_ceiling([o.ceiling], o.threads))
                 found[name].append(measure(commands[name], o.threads))
                 print(f"run {run + 1} {name}: {found[name][-1]['seconds_per_step']:.3f} s/step, {found[name][-1]['peak_mib']:.0f} MiB", file=sys.stderr)
     result = dict(machine=f"{platform.machine()}, {os.cpu_count()} cores", settings={k: v for k, v in vars(o).items() if k not in ("python", "binary")},
@@ -95,9 +98,9 @@ def operations_per_step(command, steps, threads):
     return planned(steps) - planned(steps - 1) if steps > 1 else planned(steps)
 
 
-def matrix_ceiling(python, threads):
-    """GFLOP/s of the best of twenty products, by PyTorch."""
-    text = subprocess.run([python, "-c", CEILING, str(threads)], check=True, capture_output=True, text=True, env=environment_of(threads)).stdout
+def matrix_ceiling(program, threads):
+    """GFLOP/s of the best of twenty products."""
+    text = subprocess.run([*program, str(threads)], check=True, capture_output=True, text=True, env=environment_of(threads)).stdout
     return float(text)
 
 
