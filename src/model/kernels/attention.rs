@@ -1,9 +1,9 @@
 //! Causal attention over packed sequences: softmax(scale q k^T) v, block-diagonal, optionally windowed or soft-capped.
 //!
 //! Queries, keys and values come head by head (see [`super::rope`]); several query heads share a key-value head
-//! (grouped-query attention). Work is cut into blocks of queries that see only the keys they may: what lies above the
-//! diagonal, outside the window or in another sequence is never multiplied, and no tokens x tokens matrix is kept. The
-//! backward makes the probabilities of a block again from the kept log-sum-exp.
+//! (grouped-query attention). Sequences may have a beginning in common, which stands before all of them once. Work is cut into blocks
+//! of queries that see only the keys they may: what lies above the diagonal, outside the window or in another sequence is never
+//! multiplied, and no tokens x tokens matrix is kept. The backward makes the probabilities of a block again from the kept log-sum-exp.
 //!
 //! Source: Dao et al., "FlashAttention", arXiv:2205.14135 (the backward of algorithm 4, with whole key rows per block).
 
@@ -152,7 +152,7 @@ pub(crate) fn forward(
             let keys = pattern.keys(&segment, &queries);
             let cols = keys.len();
             for head in 0..heads.query {
-                let shared = heads.query + head / (heads.query / heads.key_value);
+                let key_head = heads.query + head / (heads.query / heads.key_value);
                 scores.resize(queries.len() * cols, 0.0);
                 for (at, tokens, _) in keys.runs() {
                     let len = tokens.len();
@@ -161,7 +161,7 @@ pub(crate) fn forward(
                         Output::Overwrite,
                         scores_of.scale,
                         view(head, queries.clone()),
-                        view(shared, tokens).t(),
+                        view(key_head, tokens).t(),
                         Threads::One,
                     );
                 }
@@ -185,7 +185,7 @@ pub(crate) fn forward(
                         output,
                         1.0,
                         Matrix::strided(&scores[at..], queries.len(), tokens.len(), cols),
-                        view(shared + heads.key_value, tokens),
+                        view(key_head + heads.key_value, tokens),
                         Threads::One,
                     );
                     output = Output::Add;
@@ -242,7 +242,7 @@ pub(crate) fn backward(
                 .collect();
             let before = segment.before * dim;
             tasks.push(Task {
-                shared: index,
+                key_value: index,
                 segment,
                 d_queries,
                 d_keys: [split_off(&mut left, before), split_off(&mut d_keys, size)],
@@ -255,7 +255,7 @@ pub(crate) fn backward(
         .for_each_init(Scratch::default, |scratch, task| {
             task.run(d_attended, kept, pattern, heads, scores_of, scratch)
         });
-    if shared == 0 {
+    if of_shared.is_empty() {
         return;
     }
     // One sequence after the other, whoever computed them.
@@ -274,7 +274,7 @@ pub(crate) fn backward(
 
 /// The backward of one key-value head, with the query heads that share it, over one segment.
 struct Task<'a> {
-    shared: usize,
+    key_value: usize,
     segment: Segment,
     d_queries: Vec<&'a mut [f32]>,
     /// Of the shared tokens before the segment, and of its own.
@@ -304,7 +304,7 @@ impl Task<'_> {
         let (dim, tokens) = (heads.dim, pattern.tokens());
         let (segment, width) = (self.segment, heads.query * dim);
         let start = segment.tokens.start;
-        let key_head = heads.query + self.shared;
+        let key_head = heads.query + self.key_value;
         let view =
             |head: usize, range: Range<usize>| head_matrix(kept.heads_in, head, tokens, dim, range);
         let (mut d_keys, mut d_values) = (self.d_keys, self.d_values);
@@ -313,7 +313,7 @@ impl Task<'_> {
         }
         let group = self.d_queries.len();
         for (member, d_queries) in self.d_queries.into_iter().enumerate() {
-            let head = self.shared * group + member;
+            let head = self.key_value * group + member;
             for queries in blocks_of(segment.tokens.clone()) {
                 let keys = pattern.keys(&segment, &queries);
                 let (rows, cols) = (queries.len(), keys.len());
