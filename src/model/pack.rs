@@ -80,7 +80,7 @@ impl Pack {
     }
 }
 
-/// How many tokens `rows` have in common at their beginning, as far as it pays to compute them once: no fewer than [`LEAST_SHARED`], or none.
+/// How many tokens `rows` have in common at their beginning, as far as it pays to compute them once: no fewer than eight, or none.
 ///
 /// Each row keeps a token of its own, and the one whose logits are its first prediction.
 pub fn common_beginning<'a>(rows: impl IntoIterator<Item = &'a EncodedRow>) -> usize {
