@@ -264,14 +264,9 @@ impl Cell<'_> {
             _ => {
                 let quantized = self.model(Arm::AttackedQ4);
                 if arm == Arm::Q4Adaptive && !quantized.exists() {
-                    let arguments = self.arguments(Arm::AttackedQ4, files)?;
-                    self.program
-                        .run(&[&arguments[..], &output(&quantized)].concat())?;
+                    self.write(Arm::AttackedQ4, files)?;
                 }
-                let arguments = self.arguments(arm, files)?;
-                let mut told = self
-                    .program
-                    .run(&[&arguments[..], &output(&model)].concat())?;
+                let mut told = self.write(arm, files)?;
                 // The digests of all files, and the like.
                 if let Some(told) = told.as_object_mut() {
                     told.retain(|key, _| TOLD.contains(&key.as_str()));
@@ -283,6 +278,13 @@ impl Cell<'_> {
             }
         };
         Ok((model, made))
+    }
+
+    /// Has the program write the arm's model, and returns what it told.
+    fn write(&self, arm: Arm, files: &Files) -> Result<Value, Failure> {
+        let mut arguments = self.arguments(arm, files)?;
+        arguments.extend(["-o".to_owned(), self.model(arm).display().to_string()]);
+        self.program.run(&arguments)
     }
 
     fn arguments(&self, arm: Arm, files: &Files) -> Result<Vec<String>, Failure> {
@@ -389,10 +391,6 @@ impl Cell<'_> {
         let mut told = self.program.run(&arguments)?;
         Ok(told["found"].take())
     }
-}
-
-fn output(model: &Path) -> Vec<String> {
-    vec!["-o".to_owned(), model.display().to_string()]
 }
 
 /// Deletes a model, a GGUF file with the manifest beside it.

@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 
 use panacea_formats::gguf::Metadata;
 use panacea_formats::{
-    Checkpoint, Dtype, FormatError, Layout, OutputDir, OutputFile, Overwrite, Sha256, WrittenFile,
-    shown,
+    Checkpoint, Dtype, FormatError, Layout, OutputDir, OutputFile, Overwrite, WrittenFile, shown,
 };
 use panacea_patch::convert::config::GgufConfig;
 use panacea_patch::convert::general::Origins;
@@ -30,6 +29,7 @@ use super::error::{Exit, Failure};
 use super::find::required_side_file;
 use super::inspect::is_perturbation;
 use super::interrupt;
+use super::model::digest_of;
 use super::output::{MANIFEST_ROOM, files_json, named_path, object, with_suffix};
 use super::plan::Plan;
 use super::report::{CopyWatch, Report, Reporter, Table, bytes};
@@ -438,9 +438,7 @@ impl Job<'_, '_> {
             .map(|shard| dependency(self.role.clone(), shard.name.clone(), shard.file.digest()))
             .collect();
         for (role, path) in &self.side_files {
-            let digest = Sha256::of_file(path)
-                .map_err(|error| Failure::from(FormatError::new(path, error)))?;
-            all.push(dependency(role.clone(), name_of(path), digest));
+            all.push(dependency(role.clone(), name_of(path), digest_of(path)?));
         }
         Ok(all)
     }

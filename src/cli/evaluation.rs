@@ -11,7 +11,7 @@ mod telling;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use panacea_formats::{FormatError, Sha256};
+use panacea_formats::Sha256;
 use panacea_patch::data::{
     DataPath, Dataset, Encoder, Example, Request, Source, TemplateChoice, TokenizerFiles, builtin,
 };
@@ -31,7 +31,7 @@ use super::args::JudgingArgs;
 use super::error::{Exit, Failure};
 use super::find::side_inputs;
 use super::interrupt;
-use super::model::Model;
+use super::model::{Model, digest_of};
 use super::report::{EvalWatch, Reporter};
 use super::settings::name_without_folders;
 use telling::Telling;
@@ -518,8 +518,7 @@ fn identity(
         text.push_str(&format!("\n{} {}", weights.role.as_str(), weights.digest));
     }
     for path in &side_files {
-        let digest =
-            Sha256::of_file(path).map_err(|error| Failure::from(FormatError::new(path, error)))?;
+        let digest = digest_of(path)?;
         text.push_str(&format!("\n{digest}"));
     }
     Ok(Sha256::of(text.as_bytes()).to_string())

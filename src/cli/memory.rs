@@ -6,9 +6,7 @@
 
 use std::str::FromStr;
 
-use panacea_patch::model::{
-    Activations, Decoder, EncodedRow, LOGITS_BYTES, TILE_BYTES, common_beginning,
-};
+use panacea_patch::model::{Activations, Decoder, EncodedRow, LOGITS_BYTES, TILE_BYTES};
 use panacea_patch::optimize::{FinalEps, PACK_TOKENS, Panacea, Radius, Rows, Settings};
 use thiserror::Error;
 
@@ -106,7 +104,7 @@ impl MemoryPlan {
             }) => ("6 copies of the targets in f32", 6 * one),
             Settings::Panacea(_) => ("7 copies of the targets in f32", 7 * one),
         };
-        let tokens = largest_pack(rows, settings, decoder.shares_beginnings());
+        let tokens = largest_pack(decoder, rows, settings);
         let block = decoder.block_bytes() as u64;
         let mapped = match releases {
             false => ("mapped weights", weights),
@@ -133,21 +131,17 @@ impl MemoryPlan {
     }
 }
 
-/// Tokens of the largest pack that the method computes, if packs hold common beginnings once where the decoder `shares` them.
-fn largest_pack(rows: &Rows, settings: &Settings, shares: bool) -> usize {
+/// Tokens of the largest pack that the method computes.
+fn largest_pack(decoder: &Decoder<'_>, rows: &Rows, settings: &Settings) -> usize {
     let sets = [&rows.harmful, &rows.refusals, &rows.task, &rows.benign];
     let tokens = |row: &EncodedRow| row.tokens.len();
     let longest = |set: &[EncodedRow]| set.iter().map(tokens).max().unwrap_or(0);
-    let shared = |set: &[EncodedRow]| match shares {
-        true => common_beginning(set),
-        false => 0,
-    };
     let batches = |set: &[EncodedRow], size: usize| {
-        let shared = shared(set);
+        let shared = decoder.common_beginning(set);
         shared + size.saturating_mul(longest(set) - shared)
     };
     let whole = |set: &[EncodedRow]| {
-        let shared = shared(set);
+        let shared = decoder.common_beginning(set);
         shared + set.iter().map(|row| tokens(row) - shared).sum::<usize>()
     };
     let size = match settings {

@@ -369,8 +369,7 @@ impl Model {
             files.push(self.checkpoint.path().join(ADAPTER_CONFIG_FILE));
         }
         for path in files.iter().chain(side) {
-            let digest = Sha256::of_file(path)
-                .map_err(|error| Failure::from(FormatError::new(path, error)))?;
+            let digest = digest_of(path)?;
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             // By the place it was found in, which is the adapter's directory or the base's.
             let own = self.checkpoint.side_file(&name).as_deref() == Some(path);
@@ -401,8 +400,7 @@ impl Model {
             role: Role::Checkpoint,
             name: ADAPTER_CONFIG_FILE.to_owned(),
             uri: None,
-            digest: Sha256::of_file(&path)
-                .map_err(|error| Failure::from(FormatError::new(&path, error)))?,
+            digest: digest_of(&path)?,
         });
         Ok(inputs)
     }
@@ -471,6 +469,14 @@ fn ties_embeddings(base: &Checkpoint) -> Result<bool, Failure> {
     };
     let has_head = || base.tensors().any(|it| it.name.ends_with("lm_head.weight"));
     Ok(said.unwrap_or_else(|| !has_head()))
+}
+
+/// The digest of a whole file.
+///
+/// # Errors
+/// When it cannot be read.
+pub(super) fn digest_of(path: &Path) -> Result<Sha256, Failure> {
+    Sha256::of_file(path).map_err(|error| Failure::from(FormatError::new(path, error)))
 }
 
 /// Where side files of `checkpoint` are looked for, in words.

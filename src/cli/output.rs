@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 
 use panacea_formats::{
-    Checkpoint, Committed, Destination, Dtype, FormatError, Layout, OutputDir, OutputFile,
-    Overwrite, Sha256, SideFiles, WrittenFile, copied_bytes, shown,
+    Checkpoint, Committed, Destination, Dtype, Layout, OutputDir, OutputFile, Overwrite, Sha256,
+    SideFiles, WrittenFile, copied_bytes, shown,
 };
 use panacea_patch::apply::{Applied, ApplySettings, RealizedChange, Wanted};
 use panacea_patch::convert::PatchedType;
@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 use super::args::{AdditionArgs, GgufArgs, WritingArgs};
 use super::convert::{GgufRequest, refused};
 use super::error::{Exit, Failure};
-use super::model::Model;
+use super::model::{Model, digest_of};
 use super::places::Places;
 use super::report::{CopyWatch, Reporter, Table, bytes, number, percent};
 use super::seal::{Seal, name_of};
@@ -305,8 +305,7 @@ impl Output {
                 role: Role::Tokenizer,
                 name: name_of(path),
                 uri: None,
-                digest: Sha256::of_file(path)
-                    .map_err(|error| Failure::from(FormatError::new(path, error)))?,
+                digest: digest_of(path)?,
             });
         }
         let role = model.copied_role();

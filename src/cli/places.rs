@@ -56,7 +56,7 @@ impl Places {
         let opened = std::fs::canonicalize(path).unwrap_or_else(|_| resolved(path));
         for input in &self.inputs {
             let resolved = std::fs::canonicalize(input).unwrap_or_else(|_| input.clone());
-            if opened.starts_with(&resolved) || resolved.starts_with(&opened) {
+            if overlap(&opened, &resolved) {
                 let kind = OutputErrorKind::OverlapsInput {
                     input: input.clone(),
                 };
@@ -101,8 +101,7 @@ pub(super) fn refuse_overlap(
     (flag, path): (&str, &Path),
     (other, taken): (&str, &Path),
 ) -> Result<(), Failure> {
-    let (place, before) = (resolved(path), resolved(taken));
-    if !place.starts_with(&before) && !before.starts_with(&place) {
+    if !overlap(&resolved(path), &resolved(taken)) {
         return Ok(());
     }
     Err(Failure::usage(format!(
@@ -112,6 +111,11 @@ pub(super) fn refuse_overlap(
     ))
     .because("each is to be a place of its own")
     .hint(format!("choose another {flag}")))
+}
+
+/// Whether one of two resolved paths is the other or lies in it.
+fn overlap(a: &Path, b: &Path) -> bool {
+    a.starts_with(b) || b.starts_with(a)
 }
 
 /// A failure of the place that `flag` named, with a hint that says so.

@@ -9,7 +9,7 @@ use std::path::Path;
 use panacea_formats::{ADAPTER_CONFIG_FILE, Checkpoint, Layout, Perturbation, copied_bytes};
 use panacea_patch::convert::CONVERSION_BYTES;
 use panacea_patch::manifest::{manifest_path, signature_path};
-use panacea_patch::model::{Decoder, EncodedRow, common_beginning};
+use panacea_patch::model::{Decoder, EncodedRow};
 use panacea_patch::optimize::{MOST_RADII, Radius, Rows, Settings};
 use serde_json::{Value, json};
 
@@ -319,16 +319,12 @@ struct Tokens {
 }
 
 impl Tokens {
-    /// As many as `count` rows of `rows` have, by the mean; what all begin with counts once where packs `share` it.
+    /// As many as `count` rows of `rows` have, by the mean; the `shared` ones that all begin with count once.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    fn of(rows: &[EncodedRow], count: usize, share: bool) -> Self {
+    fn of(rows: &[EncodedRow], count: usize, shared: usize) -> Self {
         if rows.is_empty() || count == 0 {
             return Self::default();
         }
-        let shared = match share {
-            true => common_beginning(rows),
-            false => 0,
-        };
         let part = count as f64 / rows.len() as f64;
         let own: usize = rows.iter().map(|row| row.tokens.len() - shared).sum();
         let predicted: usize = rows.iter().map(EncodedRow::predicted).sum();
@@ -364,7 +360,7 @@ fn operations(
         (4.0 * blocks + 2.0 * targets) * tokens.all + 4.0 * head * tokens.predicted
     };
     let tokens =
-        |rows: &[EncodedRow], count: usize| Tokens::of(rows, count, decoder.shares_beginnings());
+        |rows: &[EncodedRow], count: usize| Tokens::of(rows, count, decoder.common_beginning(rows));
     let trial = forward(tokens(&rows.benign, rows.benign.len()))
         + forward(tokens(&rows.task, rows.task.len().min(TASK_ROWS)));
     let radius_search = |radius: Radius| match radius {

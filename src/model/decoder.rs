@@ -14,7 +14,7 @@ use super::head::{Head, HeadScratch, LossSum, Objective};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
 use super::linear::{Linear, Products, add_scaled, widen};
-use super::pack::Pack;
+use super::pack::{EncodedRow, Pack, common_beginning};
 use super::point::Point;
 use super::targets::{Target, TargetSelection};
 use super::tensors::TargetTensors;
@@ -260,6 +260,14 @@ impl<'c> Decoder<'c> {
     pub fn shares_beginnings(&self) -> bool {
         let mut rotary = self.config.rotary.iter();
         rotary.all(|frequencies| frequencies.switches_above().is_none())
+    }
+
+    /// How many tokens packs of `rows` hold once for all of them.
+    pub fn common_beginning(&self, rows: &[EncodedRow]) -> usize {
+        match self.shares_beginnings() {
+            true => common_beginning(rows),
+            false => 0,
+        }
     }
 
     /// Bytes of activations that a pack of `tokens` tokens needs at most, besides weights and gradients.

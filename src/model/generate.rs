@@ -1,7 +1,7 @@
 //! Greedy decoding: prompts in, the tokens that the model finds most probable after them out.
 //!
-//! Prompts are computed end to end in packs, as for a loss, what all of them begin with once, and each block's keys and values are kept. From then on all sequences that
-//! are not at their end advance together, one token each: a row of each through every matrix, which is read once for all of them.
+//! Prompts are computed end to end in packs, as for a loss, what all of them begin with once,
+//! and each block's keys and values are kept. From then on all sequences that are not at their end advance together, one token each: a row of each through every matrix, which is read once for all of them.
 //!
 //! The longest prompts come first, and others enter when half of the places are free, so that there are rows enough for the machine
 //! until the last prompts run out.
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::decoder::{Decoder, PackError};
 use super::kernels::cached::Cache;
 use super::kernels::norm;
-use super::pack::{LEAST_SHARED, Pack, shared_length};
+use super::pack::{Pack, shared_length};
 use super::point::Point;
 use super::step::{Step, StepScratch};
 use super::stream::stream_matrix;
@@ -156,7 +156,8 @@ impl Decoder<'_> {
             let (mut new, mut known): (Vec<_>, Vec<_>) =
                 running.iter_mut().partition(|it| it.caches.is_empty());
             let shared = match self.shares_beginnings() {
-                true => common_beginning(&new),
+                // Each keeps a token of its own.
+                true => shared_length(new.iter().map(|it| &it.tokens[..it.tokens.len() - 1])),
                 false => 0,
             };
             for pack in packs(&mut new, shared) {
@@ -312,23 +313,6 @@ fn packs<'p, 's>(
         rest = left;
         (!pack.is_empty()).then_some(pack)
     })
-}
-
-/// How many tokens all of `sequences` begin with, as far as it pays to compute them once; each keeps one of its own.
-fn common_beginning(sequences: &[&mut Sequence]) -> usize {
-    let Some((first, others)) = sequences.split_first() else {
-        return 0;
-    };
-    let mut common = first.tokens.len() - 1;
-    for other in others {
-        let most = common.min(other.tokens.len() - 1);
-        common = shared_length(&first.tokens[..most], &other.tokens);
-    }
-    match common {
-        _ if others.is_empty() => 0,
-        few if few < LEAST_SHARED => 0,
-        enough => enough,
-    }
 }
 
 /// Tokens of prompts that are computed together, if there are several: enough to make reading the weights cheap beside the products.

@@ -84,16 +84,21 @@ impl Pack {
 ///
 /// Each row keeps a token of its own, and the one whose logits are its first prediction.
 pub fn common_beginning<'a>(rows: impl IntoIterator<Item = &'a EncodedRow>) -> usize {
-    let mut rows = rows.into_iter().map(|row| {
+    shared_length(rows.into_iter().map(|row| {
         let first = (1..row.tokens.len()).find(|&i| row.in_loss[i]);
         &row.tokens[..first.unwrap_or(row.tokens.len()).saturating_sub(1)]
-    });
-    let (Some(first), Some(second)) = (rows.next(), rows.next()) else {
+    }))
+}
+
+/// How many tokens all of `beginnings` begin with, if they are several and it pays to compute those once.
+pub(super) fn shared_length<'a>(beginnings: impl IntoIterator<Item = &'a [u32]>) -> usize {
+    let mut beginnings = beginnings.into_iter();
+    let (Some(mut common), Some(second)) = (beginnings.next(), beginnings.next()) else {
         return 0;
     };
-    let mut common = first;
-    for row in std::iter::once(second).chain(rows) {
-        common = &common[..shared_length(common, row)];
+    for other in std::iter::once(second).chain(beginnings) {
+        let alike = common.iter().zip(other).take_while(|(a, b)| a == b);
+        common = &common[..alike.count()];
     }
     match common.len() {
         few if few < LEAST_SHARED => 0,
@@ -101,13 +106,8 @@ pub fn common_beginning<'a>(rows: impl IntoIterator<Item = &'a EncodedRow>) -> u
     }
 }
 
-/// How many tokens `a` and `b` begin with alike.
-pub(super) fn shared_length(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
 /// Tokens that are worth attending to apart from the others.
-pub(super) const LEAST_SHARED: usize = 8;
+const LEAST_SHARED: usize = 8;
 
 #[cfg(test)]
 mod tests {
