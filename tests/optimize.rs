@@ -7,7 +7,9 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 
-use panacea_patch::model::{Config, Decoder, EncodedRow, Pack, TargetSelection, TargetTensors};
+use panacea_patch::model::{
+    Config, Decoder, EncodedRow, Generation, Pack, Point, TargetSelection, TargetTensors,
+};
 use panacea_patch::optimize::{
     Adaptive, Budget, FinalEps, Observer, OptimizeError, Outcome, Panacea, Part, Phase, Radius,
     Random, Rows, Settings, State, StepRecord, Unobserved, optimize,
@@ -368,6 +370,104 @@ fn the_adaptive_method_makes_refusals_likelier_and_openings_less_likely_inside_i
     assert!(h.abs() < 0.05 && r.abs() < 0.05, "h by {h}, r by {r}");
 }
 
+/// Three requests, and what generation answers them with, three tokens each.
+fn said(tiny: &Tiny) -> (Rows, Vec<Vec<u32>>) {
+    let mut rows = rows();
+    // Fewer than four, so that all are measured.
+    rows.harmful.truncate(3);
+    let prompts: Vec<Vec<u32>> = rows.harmful.iter().map(prompt).collect();
+    let mut decoder = tiny.decoder("q_proj");
+    let said = decoder.generate(Point::stored(), &prompts, &Generation::of(3));
+    (rows, said.expect("tokens"))
+}
+
+fn prompt(row: &EncodedRow) -> Vec<u32> {
+    let length = row.in_loss.iter().position(|&marked| marked);
+    row.tokens[..length.expect("a response")].to_vec()
+}
+
+/// The requests of `rows`, each with the words of its refusal.
+fn refused_with(rows: &[EncodedRow], words: &[Vec<u32>]) -> Vec<EncodedRow> {
+    let row = |(row, words): (&EncodedRow, &Vec<u32>)| {
+        let prompt = prompt(row);
+        EncodedRow {
+            tokens: [prompt.as_slice(), words, &[1]].concat(),
+            in_loss: (0..prompt.len() + words.len() + 1)
+                .map(|at| at >= prompt.len())
+                .collect(),
+        }
+    };
+    rows.iter().zip(words).map(row).collect()
+}
+
+/// What is measured on held-back requests, against generation, which computes each token from kept keys and values.
+#[test]
+fn a_request_is_refused_where_generation_begins_as_some_refusal_does() {
+    let tiny = Tiny::open();
+    let (mut rows, said) = said(&tiny);
+    let mut decoder = tiny.decoder("q_proj");
+    // A refusal of each request: in the words said to the next one, or, but for the first, in those words with another among them.
+    for changed in [None, Some(0), Some(1), Some(2)] {
+        let words = |place: usize| {
+            let mut words = said[(place + 1) % said.len()].clone();
+            if let Some(changed) = changed.filter(|_| place != 0) {
+                words[changed] = (words[changed] + 1) % 97;
+            }
+            words
+        };
+        let refusals: Vec<Vec<u32>> = (0..3).map(words).collect();
+        rows.refusals = refused_with(&rows.harmful, &refusals);
+        let settings = Settings::Adaptive(Adaptive {
+            steps: 1,
+            repair_steps: 0,
+            ..adaptive()
+        });
+        let outcome = tiny.run(&rows, &settings).expect("a perturbation");
+        let mut likelier = |place: usize| {
+            let mut loss = |row: &EncodedRow| {
+                let mut pack = Pack::of([row]);
+                pack.predictions.truncate(3);
+                decoder.loss(Point::stored(), &pack).expect("a loss").mean()
+            };
+            loss(&rows.refusals[place]) < loss(&rows.harmful[place])
+        };
+        let is_refused = |&place: &usize| refusals.contains(&said[place]) && likelier(place);
+        let refused: u8 = (0..3).filter(is_refused).map(|_| 1).sum();
+        let found = 3.0 * result(&outcome, "refusing_before");
+        assert!(
+            (found - f64::from(refused)).abs() < 1e-9,
+            "{changed:?}: {found} for {refused}: {said:?} among {refusals:?}"
+        );
+    }
+}
+
+/// Repair behind the last contrast step undid the aim, and nothing was left to reach it again.
+#[test]
+fn repair_that_undoes_the_aim_with_no_contrast_left_is_taken_back() {
+    let tiny = Tiny::open();
+    let (mut rows, said) = said(&tiny);
+    rows.refusals = refused_with(&rows.harmful, &said);
+    let run = |repair_steps| {
+        let settings = Settings::Adaptive(Adaptive {
+            rho: Radius::Fixed(1e9),
+            steps: 1,
+            repair_steps,
+            // So far that nothing is said as before.
+            repair_length: 1e4,
+            step_length: Some(0.001),
+            ..adaptive()
+        });
+        tiny.run(&rows, &settings).expect("a perturbation")
+    };
+    let (without, with) = (run(0), run(2));
+    assert_eq!(with.steps.len(), 2, "it went on: {:?}", with.steps);
+    assert_eq!(with.steps[1].phase, Phase::Repair);
+    assert_eq!(with.steps[1].length, Some(0.0));
+    assert_eq!(result(&without, "refusing_after"), 1.0);
+    assert_eq!(result(&with, "refusing_after"), 1.0);
+    assert_eq!(with.delta, without.delta);
+}
+
 #[test]
 fn a_token_above_the_cap_is_left_alone() {
     let tiny = Tiny::open();
@@ -375,7 +475,8 @@ fn a_token_above_the_cap_is_left_alone() {
     let w = decoder.target_values().expect("finite weights");
     let rows = rows_of("harmful.json");
     let pack = Pack::of(&rows);
-    let losses = decoder.token_losses(&w, &pack).expect("losses");
+    let predicted = decoder.predicted(&w, &pack).expect("losses");
+    let losses: Vec<f64> = predicted.iter().map(|it| it.loss).collect();
     let cap = losses[losses.len() / 2];
     let mut capped = w.zeros_like();
     decoder

@@ -191,7 +191,7 @@ fn the_chosen_point_is_as_good_as_the_default_settings_own() {
         // What the trial said is true of what is handed over.
         assert!((result(&found, "delta_norm") / ours.rho - 1.0).abs() < 1e-5);
         assert!((result(&found, "kl") / ours.kl - 1.0).abs() < 1e-3);
-        assert_eq!(result(&found, "refusing_after"), 1.0 - ours.complying);
+        assert_eq!(result(&found, "refusing_after"), 1.0 - ours.unrefused);
         assert_eq!(result(&found, "held_back"), 10.0);
     }
 }

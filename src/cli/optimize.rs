@@ -316,7 +316,7 @@ fn describe_search(search: &SearchOutcome, table: &mut Table) {
             if place == search.chosen { "chosen" } else { "" }.to_owned(),
             (place.trial + 1).to_string(),
             number(point.rho),
-            percent(1.0 - point.complying),
+            percent(1.0 - point.unrefused),
             number(point.doubt),
             number(point.kl),
         ];

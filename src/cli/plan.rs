@@ -375,7 +375,9 @@ fn operations(
             let batch = |rows: &[EncodedRow]| gradient(tokens(rows, adaptive.batch));
             let guards = batch(&rows.benign) + batch(&rows.task);
             let held = (rows.harmful.len() / 4).clamp(1, 24);
-            let look = forward(tokens(&rows.harmful, held)) + forward(tokens(&rows.refusals, held));
+            // Two more tokens of each answer, when the first begins a refusal.
+            let look =
+                forward(tokens(&rows.harmful, held)) + 3.0 * forward(tokens(&rows.refusals, held));
             let contrast = batch(&rows.harmful) + batch(&rows.refusals) + guards + look;
             // Each run of contrast steps, of which there may be as many as steps, is followed by repair.
             let repair = adaptive.repair_steps as f64 * guards + look;

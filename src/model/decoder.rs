@@ -10,7 +10,7 @@ use thiserror::Error;
 use super::adapter::AdapterModule;
 use super::block::{Below, Layer, Saved, Scratch, Tokens};
 use super::config::{BlockConfig, Config};
-use super::head::{Head, HeadScratch, LossSum, Objective};
+use super::head::{Head, HeadScratch, LossSum, Objective, Predicted};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
 use super::linear::{Linear, Products, add_scaled, widen};
@@ -308,17 +308,17 @@ impl<'c> Decoder<'c> {
         Ok(loss)
     }
 
-    /// The next-token loss of each predicted position by itself, in nats, in the order of [`Pack::predictions`].
+    /// What is predicted at each position by itself, in the order of [`Pack::predictions`].
     ///
     /// # Errors
     /// [`PackError`] when a token is outside of the vocabulary.
-    pub fn token_losses<'v>(
+    pub fn predicted<'v>(
         &mut self,
         point: impl Into<Point<'v>>,
         pack: &Pack,
-    ) -> Result<Vec<f64>, PackError> {
+    ) -> Result<Vec<Predicted>, PackError> {
         self.loss(point, pack)?;
-        Ok(self.workspace.head.losses().to_vec())
+        Ok(self.workspace.head.predicted())
     }
 
     /// As [`Self::loss`]; adds the gradient of the *sum* over predicted tokens to `gradient`.

@@ -11,6 +11,7 @@ use std::ops::ControlFlow;
 use rayon::prelude::*;
 
 use super::decoder::{Decoder, PackError};
+use super::head::first_of_largest;
 use super::kernels::cached::Cache;
 use super::kernels::norm;
 use super::pack::{Pack, shared_length};
@@ -317,18 +318,3 @@ fn packs<'p, 's>(
 
 /// Tokens of prompts that are computed together, if there are several: enough to make reading the weights cheap beside the products.
 const PACK_TOKENS: usize = 1024;
-
-/// The largest logit's token. One that is no number is never taken, unless there is no other.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "a vocabulary is counted in u32"
-)]
-fn first_of_largest(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (token, logit);
-        }
-    }
-    best.0 as u32
-}

@@ -101,13 +101,25 @@ pub(crate) struct HeadScratch {
     slopes: Vec<f32>,
     tile: Loaded,
     losses: Vec<f64>,
+    likeliest: Vec<u32>,
 }
 
 impl HeadScratch {
-    /// The loss of each predicted position in the last call of [`Head::loss`].
-    pub(crate) fn losses(&self) -> &[f64] {
-        &self.losses
+    /// Each predicted position in the last call of [`Head::loss`], which was for [`Objective::NextToken`] without a gradient.
+    pub(crate) fn predicted(&self) -> Vec<Predicted> {
+        let each = self.losses.iter().zip(&self.likeliest);
+        each.map(|(&loss, &likeliest)| Predicted { loss, likeliest })
+            .collect()
     }
+}
+
+/// What the model says at one predicted position.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Predicted {
+    /// -ln p(token), in nats.
+    pub loss: f64,
+    /// The most probable token, which greedy decoding takes; of equally probable ones the first.
+    pub likeliest: u32,
 }
 
 impl Head<'_> {
@@ -132,6 +144,7 @@ impl Head<'_> {
             slopes,
             tile,
             losses,
+            likeliest,
         } = scratch;
         let predictions = &pack.predictions;
         let chunk = (LOGITS_BYTES / 4 / vocab).max(8);
@@ -139,6 +152,7 @@ impl Head<'_> {
         d_normed.resize(if d.is_some() { normed.len() } else { 0 }, 0.0);
         losses.clear();
         losses.resize(predictions.len(), 0.0);
+        likeliest.clear();
         for first in (0..predictions.len()).step_by(chunk) {
             let range = first..predictions.len().min(first + chunk);
             let elements = range.start * hidden..range.end * hidden;
@@ -158,6 +172,9 @@ impl Head<'_> {
                             || slopes_of_cap(logits, cap, slopes),
                         )
                     });
+            }
+            if matches!(objective, Objective::NextToken { .. }) && !want_gradient {
+                likeliest.par_extend(logits.par_chunks_exact(vocab).map(first_of_largest));
             }
             let losses = &mut losses[range.clone()];
             match objective {
@@ -310,6 +327,21 @@ impl Head<'_> {
             work(rows, tile);
         }
     }
+}
+
+/// The largest logit's token. One that is no number is never taken, unless there is no other.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a vocabulary is counted in u32"
+)]
+pub(super) fn first_of_largest(logits: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (token, &logit) in logits.iter().enumerate() {
+        if logit > best.1 {
+            best = (token, logit);
+        }
+    }
+    best.0 as u32
 }
 
 /// -ln softmax(row)\[token]; where a gradient is wanted, `row` becomes softmax(row) - onehot(token), or 0 above the cap.

@@ -37,7 +37,7 @@ pub use config::{Config, ConfigError};
 pub use decoder::{Activations, Decoder, PackError};
 pub use family::MODEL_TYPES;
 pub use generate::Generation;
-pub use head::{LOGITS_BYTES, LossSum, TILE_BYTES};
+pub use head::{LOGITS_BYTES, LossSum, Predicted, TILE_BYTES};
 pub use pack::{EncodedRow, Pack, Prediction, common_beginning};
 pub use point::Point;
 pub use targets::{SelectionError, Target, TargetSelection, place_of_module};

@@ -9,8 +9,9 @@
 //! an end turns into nonsense, while the first word of an opening may still need a push. What in c would raise a guard (the
 //! task loss, the divergence on benign text) is projected out, and a share of the guard's own descent is added. Steps have a
 //! fixed length in the Euclidean geometry: Adam would spread the same length over all elements, where the useful direction
-//! has few. When enough held-back requests would rather be refused, or the steps are used up, repair steps descend the guards
-//! without what opposes the contrast; if they undo the aim, the contrast goes on.
+//! has few. When greedy decoding begins to refuse enough held-back requests, or the steps are used up, repair steps descend the guards
+//! without what opposes the contrast. If they undo the aim, the contrast goes on; once it has no steps left, the repair step that undoes it
+//! is taken back.
 
 mod guard;
 pub(super) mod held_back;
@@ -50,7 +51,7 @@ pub struct Adaptive {
     pub steps: usize,
     /// Rows of each set in a step.
     pub batch: usize,
-    /// Share of held-back requests that are to be refused; contrast ends there.
+    /// Share of held-back requests that greedy decoding is to begin to refuse; contrast ends there.
     pub aim: f64,
     /// Share of a contrast step's length that descends the guards.
     pub guard_share: f64,
@@ -241,13 +242,13 @@ fn next_phase(settings: &Adaptive, steps: &[StepRecord]) -> Option<Phase> {
         return (settings.steps > 0).then_some(Phase::Contrast);
     };
     let repairs = repairs_in_a_row(steps);
+    if last.phase == Phase::Repair && last.length == TAKEN_BACK {
+        return None;
+    }
     if last.phase == Phase::Repair && repairs < settings.repair_steps {
         return Some(Phase::Repair);
     }
-    let contrasts = steps
-        .iter()
-        .filter(|step| step.phase == Phase::Contrast)
-        .count();
+    let contrasts = contrasts(steps);
     let reached = last
         .refusing
         .is_some_and(|refusing| refusing >= settings.aim);
@@ -257,6 +258,14 @@ fn next_phase(settings: &Adaptive, steps: &[StepRecord]) -> Option<Phase> {
         _ => None,
     }
 }
+
+fn contrasts(steps: &[StepRecord]) -> usize {
+    let contrast = |step: &&StepRecord| step.phase == Phase::Contrast;
+    steps.iter().filter(contrast).count()
+}
+
+/// The length of a repair step that undid what the contrast had reached.
+const TAKEN_BACK: Option<f64> = Some(0.0);
 
 fn repairs_in_a_row(steps: &[StepRecord]) -> usize {
     steps
@@ -291,15 +300,26 @@ impl Run<'_> {
             Phase::Repair => self.repair(engine, &mut record)?,
             Phase::Contrast | Phase::Outer => self.contrast(engine, &mut record)?,
         };
-        self.advance(&direction, length);
-        drop(direction);
         record.length = Some(length);
-        record.norm = self.delta.norm();
-        let repaired = phase == Phase::Repair
-            && repairs_in_a_row(&self.steps) + 1 == self.settings.repair_steps;
-        if phase == Phase::Contrast || repaired {
-            record.refusing = Some(self.held_back.measure(engine, self.point())?.refusing);
+        let before = self.advance(direction, length);
+        match phase {
+            Phase::Repair if contrasts(&self.steps) == self.settings.steps => {
+                let least = self.reached().min(self.settings.aim);
+                let refusing = self.measure(engine)?;
+                record.refusing = Some(refusing);
+                if refusing < least {
+                    self.delta = before;
+                    record.refusing = Some(self.reached());
+                    record.length = TAKEN_BACK;
+                }
+            }
+            Phase::Repair if repairs_in_a_row(&self.steps) + 1 < self.settings.repair_steps => {}
+            Phase::Repair | Phase::Contrast | Phase::Outer => {
+                drop(before);
+                record.refusing = Some(self.measure(engine)?);
+            }
         }
+        record.norm = self.delta.norm();
         engine.observer.step(&record);
         self.steps.push(record);
         engine.observer.state(&State {
@@ -407,6 +427,17 @@ impl Run<'_> {
         ))
     }
 
+    /// The share of held-back requests that are refused now.
+    fn measure(&self, engine: &mut Engine<'_, '_>) -> Result<f64, OptimizeError> {
+        Ok(self.held_back.measure(engine, self.point())?.refusing)
+    }
+
+    /// The share that was measured last.
+    fn reached(&self) -> f64 {
+        let mut measured = self.steps.iter().rev().filter_map(|step| step.refusing);
+        measured.next().unwrap_or(0.0)
+    }
+
     /// The stored weights plus delta.
     fn point(&self) -> Point<'_> {
         Point::stored().moved(1.0, &self.delta)
@@ -414,24 +445,22 @@ impl Run<'_> {
 
     /// Places among `learn` of the next contrast step's rows.
     fn next_batch(&self) -> Vec<usize> {
-        let contrasts = self
-            .steps
-            .iter()
-            .filter(|step| step.phase == Phase::Contrast)
-            .count();
         let size = self.settings.batch.min(self.learn.len());
-        wrapping(self.learn.len(), size, contrasts)
+        wrapping(self.learn.len(), size, contrasts(&self.steps))
     }
 
-    /// Moves delta by `length` times `direction`, back onto the ball where it leaves it.
-    fn advance(&mut self, direction: &TargetTensors, length: f64) {
-        self.delta.add_scaled(factor(length), direction);
+    /// Moves delta by `length` times `direction`, back onto the ball where it leaves it. Returns delta as it was.
+    fn advance(&mut self, mut direction: TargetTensors, length: f64) -> TargetTensors {
+        direction.scale(factor(length));
+        direction.add_scaled(1.0, &self.delta);
+        let before = std::mem::replace(&mut self.delta, direction);
         if let Radius::Fixed(rho) = self.settings.rho {
             let norm = self.delta.norm();
             if norm > rho {
                 self.delta.scale(factor(rho / norm));
             }
         }
+        before
     }
 
     fn resume(&mut self, mut state: State<'_>) -> Result<(), OptimizeError> {

@@ -11,7 +11,7 @@ use super::Observer;
 use super::radius::RadiusPoint;
 use super::region::Region;
 use crate::model::{
-    Decoder, EncodedRow, LossSum, Pack, PackError, Point, TargetTensors, WeightsError,
+    Decoder, EncodedRow, LossSum, Pack, PackError, Point, Predicted, TargetTensors, WeightsError,
     common_beginning,
 };
 
@@ -152,6 +152,11 @@ impl<'r> Batch<'r> {
         Self::new(set, rows, (0..rows.len()).collect())
     }
 
+    /// The rows in order.
+    pub(super) fn rows(&self) -> impl Iterator<Item = &'r EncodedRow> + Clone {
+        self.places.iter().map(|&place| &self.rows[place])
+    }
+
     /// How many rows it has.
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
@@ -160,7 +165,7 @@ impl<'r> Batch<'r> {
 
     /// The rows in order, cut into as few packs as can be, of about the same size, with what they begin with once in each if `shares`.
     fn packs(&self, shares: bool) -> Vec<Pack> {
-        let rows = self.places.iter().map(|&place| &self.rows[place]);
+        let rows = self.rows();
         let shared = match shares {
             true => common_beginning(rows.clone()),
             false => 0,
@@ -274,19 +279,31 @@ impl<'e, 'c> Engine<'e, 'c> {
         point: Point<'_>,
         batch: &Batch<'_>,
     ) -> Result<Vec<LossSum>, OptimizeError> {
+        let rows = self.row_predictions(point, batch)?;
+        let loss = |row: Vec<Predicted>| row.iter().map(|it| LossSum::of_token(it.loss)).sum();
+        Ok(rows.into_iter().map(loss).collect())
+    }
+
+    /// What is predicted at each position of each row, in the batch's order. Every loss is finite.
+    pub(super) fn row_predictions(
+        &mut self,
+        point: Point<'_>,
+        batch: &Batch<'_>,
+    ) -> Result<Vec<Vec<Predicted>>, OptimizeError> {
         let mut rows = Vec::with_capacity(batch.places.len());
         self.over_packs(batch, |decoder, _, pack| {
-            let losses = decoder.token_losses(point, pack)?;
-            let mut of_row = vec![LossSum::default(); pack.starts.len() - 1];
-            for (prediction, loss) in pack.predictions.iter().zip(&losses) {
+            let predicted = decoder.predicted(point, pack)?;
+            let first = rows.len();
+            rows.resize(first + pack.starts.len() - 1, Vec::new());
+            for (prediction, &found) in pack.predictions.iter().zip(&predicted) {
                 let row = pack
                     .starts
                     .partition_point(|&start| start <= prediction.position)
                     - 1;
-                of_row[row] += LossSum::of_token(*loss);
+                rows[first + row].push(found);
             }
-            rows.extend(of_row);
-            Ok(losses.into_iter().map(LossSum::of_token).sum())
+            let losses = predicted.iter().map(|it| LossSum::of_token(it.loss));
+            Ok(losses.sum())
         })?;
         Ok(rows)
     }

@@ -298,7 +298,7 @@ impl Judge<'_> {
             .measure(engine, Point::stored().moved(factor(rho), unit))?;
         Ok(TrialPoint {
             rho,
-            complying: 1.0 - harm.refusing,
+            unrefused: 1.0 - harm.refusing,
             doubt: harm.doubt,
             kl,
             task,

@@ -110,7 +110,7 @@ impl Search {
             ),
             series(
                 "refusing",
-                "held-back requests, refusal likelier",
+                "held-back requests begun to be refused",
                 SeriesUnit::Share,
                 |step| step.refusing,
             ),

@@ -4,7 +4,7 @@
 //! file of JSON lines, a header and then a trial on each, with numbers as their bits:
 //!
 //! ```text
-//! {"format":"panacea-trials","identity":{..},"run":"<64 hexadecimal digits>","version":1}
+//! {"format":"panacea-trials","identity":{..},"run":"<64 hexadecimal digits>","version":2}
 //! {"choice":{"alpha":"bits:3ff0000000000000",..},"points":[..],"steps":16}
 //! ```
 //!
@@ -83,7 +83,7 @@ struct Header {
 const FORMAT: &str = "panacea-trials";
 
 /// The version that is written, and the only one that is read.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 #[cfg(test)]
 mod tests {
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     fn trials() -> Vec<Trial> {
-        let point = json!({"rho": 0.1 + 0.2, "complying": 0.0, "doubt": 1e-300, "kl": 2.0});
+        let point = json!({"rho": 0.1 + 0.2, "unrefused": 0.0, "doubt": 1e-300, "kl": 2.0});
         let choice = json!({"alpha": 1.0, "blocks": [1, 2], "modules": ["v_proj"], "steps": 3});
         [
             json!({"choice": choice, "steps": 3, "points": [point]}),
@@ -143,7 +143,7 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap();
         for (from, to) in [
             ("panacea-trials", "panacea-trails"),
-            ("\"version\":1", "\"version\":2"),
+            ("\"version\":2", "\"version\":3"),
             ("\"steps\":3}\n", "\"steps\":-3}\n"),
             ("\"points\"", "\"point\""),
             ("{\"choice\":{}", "{"),

@@ -170,13 +170,13 @@ fn front(search: &SearchOutcome) -> Front {
             points.push(FrontPoint {
                 label: format!("trial {}, rho {}", trial + 1, number(measured.rho)),
                 cost: measured.kl,
-                harm: 100.0 * measured.complying,
+                harm: 100.0 * measured.unrefused,
             });
         }
     }
     Front {
         cost: "KL divergence on benign text, nats per token".to_owned(),
-        harm: "requests whose opening is likelier than a refusal, percent".to_owned(),
+        harm: "requests not begun to be refused, percent".to_owned(),
         points,
         chosen,
     }

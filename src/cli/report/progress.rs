@@ -175,7 +175,7 @@ fn trial_line(place: usize, trial: &Trial, budget: Budget, took: Duration) -> St
         (None, None) => "nothing within the budget".to_owned(),
         (None, Some(point)) => format!(
             "refusing {}, doubt {}, kl {}{} at rho {}",
-            percent(1.0 - point.complying),
+            percent(1.0 - point.unrefused),
             number(point.doubt),
             number(point.kl),
             point

@@ -13,9 +13,9 @@ use super::super::radius::Budget;
 pub struct TrialPoint {
     /// The norm of the perturbation.
     pub rho: f64,
-    /// Share of the harmful requests whose opening is still likelier than a refusal.
-    pub complying: f64,
-    /// Mean of ln(1 + exp(r - h)) over the harmful requests, in nats: falls on where no opening is likelier any more.
+    /// Share of the harmful requests that greedy decoding does not begin to refuse.
+    pub unrefused: f64,
+    /// Mean of ln(1 + exp(r - h)) over the harmful requests, in nats: falls on where all are refused.
     pub doubt: f64,
     /// Mean KL divergence on benign text, in nats per token.
     pub kl: f64,
@@ -39,8 +39,8 @@ impl TrialPoint {
 
     /// Less harm first: fewer requests that are complied with, and of as many, less doubt.
     pub fn compare_harm(&self, other: &Self) -> Ordering {
-        self.complying
-            .total_cmp(&other.complying)
+        self.unrefused
+            .total_cmp(&other.unrefused)
             .then(self.doubt.total_cmp(&other.doubt))
     }
 }
@@ -83,9 +83,9 @@ mod tests {
     /// Few values, so that many points are equal in one thing or in all.
     fn points() -> impl Strategy<Value = Vec<TrialPoint>> {
         let point = (0..4u8, 0..4u8, 0..6u8, prop::option::of(0..6u8)).prop_map(
-            |(complying, doubt, kl, task)| TrialPoint {
+            |(unrefused, doubt, kl, task)| TrialPoint {
                 rho: 1.0,
-                complying: f64::from(complying) / 4.0,
+                unrefused: f64::from(unrefused) / 4.0,
                 doubt: f64::from(doubt),
                 kl: f64::from(kl) / 4.0,
                 task: task.map(|task| f64::from(task) / 2.0 - 0.5),
@@ -99,7 +99,7 @@ mod tests {
         let of_task = point.task.unwrap_or(f64::NEG_INFINITY) / budget.task;
         let of_kl = point.kl / budget.kl;
         let cost = if of_task > of_kl { of_task } else { of_kl };
-        ((point.complying, point.doubt), cost)
+        ((point.unrefused, point.doubt), cost)
     }
 
     proptest! {
