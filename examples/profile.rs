@@ -15,7 +15,9 @@ use std::time::Instant;
 
 use panacea_formats::Checkpoint;
 use panacea_patch::data::{DataPath, Dataset, Encoder, Example, TemplateChoice, TokenizerFiles};
-use panacea_patch::model::{Config, Decoder, Pack, PackError, Point, TargetSelection};
+use panacea_patch::model::{
+    Config, Decoder, Differentiable, Pack, PackError, Point, TargetSelection,
+};
 use panacea_patch::optimize::{
     FinalEps, Observer, Panacea, Rows, Settings, State, StepRecord, optimize,
 };

@@ -18,7 +18,8 @@ use std::path::{Path, PathBuf};
 
 use panacea_formats::Checkpoint;
 use panacea_patch::model::{
-    Activations, Config, Decoder, EncodedRow, Pack, Point, TargetSelection, TargetTensors,
+    Activations, Config, Decoder, Differentiable, EncodedRow, Pack, Point, TargetSelection,
+    TargetTensors,
 };
 
 mod common;

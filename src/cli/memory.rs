@@ -6,7 +6,9 @@
 
 use std::str::FromStr;
 
-use panacea_patch::model::{Activations, Decoder, EncodedRow, LOGITS_BYTES, TILE_BYTES};
+use panacea_patch::model::{
+    Activations, Decoder, Differentiable, EncodedRow, LOGITS_BYTES, TILE_BYTES,
+};
 use panacea_patch::optimize::{FinalEps, PACK_TOKENS, Panacea, Radius, Rows, Settings};
 use thiserror::Error;
 

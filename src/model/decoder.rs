@@ -10,10 +10,11 @@ use thiserror::Error;
 use super::adapter::AdapterModule;
 use super::block::{Below, Layer, Saved, Scratch, Tokens};
 use super::config::{BlockConfig, Config};
+use super::differentiable::Differentiable;
 use super::head::{Head, HeadScratch, LossSum, Objective, Predicted};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
-use super::linear::{Linear, Products, add_scaled, widen};
+use super::linear::{Linear, Products, widen};
 use super::pack::{EncodedRow, Pack, common_beginning};
 use super::point::Point;
 use super::targets::{Target, TargetSelection};
@@ -175,46 +176,7 @@ impl<'c> Decoder<'c> {
     /// # Errors
     /// [`WeightsError::NotFinite`] when one of them is NaN or infinite.
     pub fn target_values(&self) -> Result<TargetTensors, WeightsError> {
-        self.weights.target_values()
-    }
-
-    /// Elements of each target.
-    pub fn target_sizes(&self) -> Vec<usize> {
-        let shapes = self.weights.targets.iter().map(|target| target.shape);
-        shapes.map(|[rows, cols]| rows * cols).collect()
-    }
-
-    /// Whether the stored targets can be computed with.
-    ///
-    /// # Errors
-    /// [`WeightsError::NotFinite`] when one of them holds NaN or infinity.
-    pub fn check_targets(&self) -> Result<(), WeightsError> {
-        self.target_norm().map(drop)
-    }
-
-    /// Euclidean norm of the stored targets, one of them in memory at a time.
-    ///
-    /// # Errors
-    /// [`WeightsError::NotFinite`] when one of them holds NaN or infinity.
-    pub fn target_norm(&self) -> Result<f64, WeightsError> {
-        let mut squares = 0.0;
-        for index in 0..self.weights.targets.len() {
-            let stored = TargetTensors::new(vec![self.weights.stored_target(index)?]);
-            squares += stored.dot(&stored);
-        }
-        Ok(squares.sqrt())
-    }
-
-    /// Subtracts the stored targets from `values`, one of them in memory at a time.
-    ///
-    /// # Errors
-    /// [`WeightsError::NotFinite`] when one of them holds NaN or infinity.
-    pub fn subtract_stored(&self, values: &mut TargetTensors) -> Result<(), WeightsError> {
-        for index in 0..self.weights.targets.len() {
-            let stored = self.weights.stored_target(index)?;
-            add_scaled(-1.0, &stored, values.tensor_mut(index));
-        }
-        Ok(())
+        Differentiable::target_values(self)
     }
 
     /// Bytes of the largest block's matrices in f32, of one expert where it has several.
@@ -296,16 +258,7 @@ impl<'c> Decoder<'c> {
         point: impl Into<Point<'v>>,
         pack: &Pack,
     ) -> Result<LossSum, PackError> {
-        let x = self.forward(point.into(), pack, Pass::Forward)?;
-        let (head, workspace) = self.head();
-        let loss = head.loss(
-            &workspace.inputs[x],
-            pack,
-            Objective::NextToken { cap: f64::INFINITY },
-            None,
-            &mut workspace.head,
-        );
-        Ok(loss)
+        Differentiable::loss(self, point.into(), pack)
     }
 
     /// What is predicted at each position by itself, in the order of [`Pack::predictions`].
@@ -317,8 +270,7 @@ impl<'c> Decoder<'c> {
         point: impl Into<Point<'v>>,
         pack: &Pack,
     ) -> Result<Vec<Predicted>, PackError> {
-        self.loss(point, pack)?;
-        Ok(self.workspace.head.predicted())
+        Differentiable::predicted(self, point.into(), pack)
     }
 
     /// As [`Self::loss`]; adds the gradient of the *sum* over predicted tokens to `gradient`.
@@ -374,16 +326,7 @@ impl<'c> Decoder<'c> {
         pack: &Pack,
         reference: &[f32],
     ) -> Result<LossSum, PackError> {
-        let x = self.forward(point.into(), pack, Pass::Forward)?;
-        let (head, workspace) = self.head();
-        let objective = Objective::Divergence { reference };
-        Ok(head.loss(
-            &workspace.inputs[x],
-            pack,
-            objective,
-            None,
-            &mut workspace.head,
-        ))
+        Differentiable::divergence(self, point.into(), pack, reference)
     }
 
     /// As [`Self::divergence`]; adds the gradient of the sum to `gradient`.
@@ -640,6 +583,54 @@ impl<'c> Decoder<'c> {
             finish: self.config.logits,
         };
         (head, &mut self.workspace)
+    }
+}
+
+impl Differentiable for Decoder<'_> {
+    fn targets(&self) -> &[Target] {
+        &self.weights.targets
+    }
+
+    fn stored_target(&self, index: usize) -> Result<Vec<f32>, WeightsError> {
+        self.weights.stored_target(index)
+    }
+
+    fn shares_beginnings(&self) -> bool {
+        Decoder::shares_beginnings(self)
+    }
+
+    fn losses(
+        &mut self,
+        point: Point<'_>,
+        pack: &Pack,
+        objective: Objective<'_>,
+    ) -> Result<Vec<f64>, PackError> {
+        let x = self.forward(point, pack, Pass::Forward)?;
+        let (head, workspace) = self.head();
+        let input = &workspace.inputs[x];
+        head.loss(input, pack, objective, None, &mut workspace.head);
+        Ok(workspace.head.losses().to_vec())
+    }
+
+    fn predicted(&mut self, point: Point<'_>, pack: &Pack) -> Result<Vec<Predicted>, PackError> {
+        let objective = Objective::NextToken { cap: f64::INFINITY };
+        self.losses(point, pack, objective)?;
+        Ok(self.workspace.head.predicted())
+    }
+
+    fn losses_and_gradient(
+        &mut self,
+        point: Point<'_>,
+        pack: &Pack,
+        objective: Objective<'_>,
+        gradient: &mut TargetTensors,
+    ) -> Result<Vec<f64>, PackError> {
+        self.forward_and_backward(point, pack, objective, gradient)?;
+        Ok(self.workspace.head.losses().to_vec())
+    }
+
+    fn reference(&mut self, point: Point<'_>, pack: &Pack) -> Result<Vec<f32>, PackError> {
+        Decoder::reference(self, point, pack)
     }
 }
 

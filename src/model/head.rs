@@ -43,6 +43,14 @@ impl LossSum {
 }
 
 impl LossSum {
+    /// The sum of these tokens' losses.
+    pub(crate) fn of_tokens(losses: &[f64]) -> Self {
+        Self {
+            sum: losses.iter().sum(),
+            count: losses.len(),
+        }
+    }
+
     /// The loss of one token.
     pub(crate) fn of_token(loss: f64) -> Self {
         Self {
@@ -70,11 +78,17 @@ impl std::ops::AddAssign for LossSum {
 
 /// What the logits are compared with.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Objective<'a> {
+pub enum Objective<'a> {
     /// The next token: -ln p(token). Tokens whose loss is above `cap` have no gradient, as under min(loss, cap).
-    NextToken { cap: f64 },
-    /// The distribution that other hidden states (predictions x hidden, already normalized) give: KL(other || this).
-    Divergence { reference: &'a [f32] },
+    NextToken {
+        /// In nats; infinity is none.
+        cap: f64,
+    },
+    /// The distribution that other hidden states give: KL(other || this).
+    Divergence {
+        /// Predictions x hidden, already normalized.
+        reference: &'a [f32],
+    },
 }
 
 /// The final norm and the output matrix.
@@ -105,6 +119,11 @@ pub(crate) struct HeadScratch {
 }
 
 impl HeadScratch {
+    /// The loss of each predicted position in the last call of [`Head::loss`].
+    pub(crate) fn losses(&self) -> &[f64] {
+        &self.losses
+    }
+
     /// Each predicted position in the last call of [`Head::loss`], which was for [`Objective::NextToken`] without a gradient.
     pub(crate) fn predicted(&self) -> Vec<Predicted> {
         let each = self.losses.iter().zip(&self.likeliest);
@@ -123,7 +142,8 @@ pub struct Predicted {
 }
 
 impl Head<'_> {
-    /// The loss of `x` (tokens x hidden); `d`, where given, is overwritten with its gradient (tokens x hidden).
+    /// The loss of `x` (tokens x hidden), whose parts stay in [`HeadScratch::losses`]; `d`, where given, is overwritten with its gradient (tokens
+    /// x hidden).
     pub(crate) fn loss(
         self,
         x: &[f32],
@@ -228,10 +248,7 @@ impl Head<'_> {
                 d[at..at + hidden].copy_from_slice(row);
             }
         }
-        LossSum {
-            sum: losses.iter().sum(),
-            count: predictions.len(),
-        }
+        LossSum::of_tokens(losses)
     }
 
     /// The final norm's output at each predicted position, predictions x hidden: all that the logits depend on.

@@ -17,7 +17,6 @@ use super::family::{HeadNormSpan, NormPlacement};
 use super::linear::{Factor, Linear, Loaded, Lora, Part, Products, Role, widen};
 use super::point::Point;
 use super::targets::{Target, TargetSelection, place_of_module};
-use super::tensors::TargetTensors;
 
 /// The tensors of a decoder.
 #[derive(Debug)]
@@ -262,12 +261,6 @@ impl<'c> Weights<'c> {
             Space::Adapter(modules, selection) => weights.adapt(config, modules, selection)?,
         }
         Ok(weights)
-    }
-
-    /// The stored values of the targets.
-    pub(crate) fn target_values(&self) -> Result<TargetTensors, WeightsError> {
-        let values = (0..self.targets.len()).map(|index| self.stored_target(index));
-        Ok(TargetTensors::new(values.collect::<Result<_, _>>()?))
     }
 
     /// The stored values of one target, which are finite.

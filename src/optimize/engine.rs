@@ -11,8 +11,8 @@ use super::Observer;
 use super::radius::RadiusPoint;
 use super::region::Region;
 use crate::model::{
-    Decoder, EncodedRow, LossSum, Pack, PackError, Point, Predicted, TargetTensors, WeightsError,
-    common_beginning,
+    Differentiable, EncodedRow, LossSum, Pack, PackError, Point, Predicted, TargetTensors,
+    WeightsError, common_beginning,
 };
 
 /// Tokens computed together, at most, but for a single row that is longer: enough for matrix products to run at full speed and for
@@ -202,9 +202,9 @@ pub(super) fn wrapping(len: usize, size: usize, index: usize) -> Vec<usize> {
     (0..size).map(|k| (index * size + k) % len).collect()
 }
 
-/// A decoder, watched.
+/// A model, watched.
 pub(crate) struct Engine<'e, 'c> {
-    pub(super) decoder: &'e mut Decoder<'c>,
+    pub(super) decoder: &'e mut (dyn Differentiable + 'c),
     pub(super) observer: &'e mut dyn Observer,
     /// The step that errors speak of.
     pub(super) step: usize,
@@ -213,7 +213,10 @@ pub(crate) struct Engine<'e, 'c> {
 }
 
 impl<'e, 'c> Engine<'e, 'c> {
-    pub(crate) fn new(decoder: &'e mut Decoder<'c>, observer: &'e mut dyn Observer) -> Self {
+    pub(crate) fn new(
+        decoder: &'e mut (dyn Differentiable + 'c),
+        observer: &'e mut dyn Observer,
+    ) -> Self {
         Self {
             decoder,
             observer,
@@ -403,7 +406,7 @@ impl<'e, 'c> Engine<'e, 'c> {
     fn over_packs(
         &mut self,
         batch: &Batch<'_>,
-        mut work: impl FnMut(&mut Decoder<'c>, usize, &Pack) -> Result<LossSum, PackError>,
+        mut work: impl FnMut(&mut (dyn Differentiable + 'c), usize, &Pack) -> Result<LossSum, PackError>,
     ) -> Result<f64, OptimizeError> {
         let packs = batch.packs(self.decoder.shares_beginnings());
         let total = packs.iter().map(|pack| pack.tokens.len()).sum();

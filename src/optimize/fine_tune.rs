@@ -11,7 +11,7 @@ use super::adamw::{AdamW, Rates};
 use super::engine::{Batch, Engine, OptimizeError, Set, factor};
 use super::step::{Phase, StepRecord};
 use super::{CLIP, Observer};
-use crate::model::{Decoder, EncodedRow, Point, TargetTensors};
+use crate::model::{Differentiable, EncodedRow, Point, TargetTensors};
 
 /// How far to go.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,7 +33,7 @@ pub struct FineTuning {
 /// # Errors
 /// [`OptimizeError`] when there is no row, when a loss or gradient is not finite or is zero, or when the observer stops the work.
 pub fn fine_tune(
-    decoder: &mut Decoder<'_>,
+    decoder: &mut dyn Differentiable,
     start: TargetTensors,
     rows: &[EncodedRow],
     settings: &FineTuning,

@@ -1,6 +1,6 @@
 //! From a fine-tuned model and rows of text to a perturbation of its targets that brings refusals back.
 //!
-//! In: a [`Decoder`] at the fine-tuned weights w0, encoded [`Rows`], [`Settings`]. Out: an [`Outcome`] with delta, one
+//! In: a [`Differentiable`] model at the fine-tuned weights w0, encoded [`Rows`], [`Settings`]. Out: an [`Outcome`] with delta, one
 //! tensor for each target. No file is opened here and nothing is printed; an [`Observer`] hears of progress and may stop
 //! the work.
 //!
@@ -43,7 +43,7 @@ pub use step::{Phase, StepRecord};
 
 use std::borrow::Cow;
 
-use crate::model::{Decoder, EncodedRow, TargetTensors};
+use crate::model::{Differentiable, EncodedRow, TargetTensors};
 use engine::Engine;
 
 /// The norm that an update of AdamW's is clipped to before it.
@@ -166,7 +166,7 @@ impl Observer for Unobserved {
 /// [`OptimizeError`] when a set that the method needs is empty, when a loss or gradient is not finite or is zero (the batch is
 /// named), or when the observer stops the work.
 pub fn optimize(
-    decoder: &mut Decoder<'_>,
+    decoder: &mut dyn Differentiable,
     rows: &Rows,
     settings: &Settings,
     resumed: Option<State<'_>>,

@@ -1,6 +1,6 @@
 //! Many settings of the adaptive method tried on one model, and the best perturbation of them.
 //!
-//! In: a [`Decoder`], [`Rows`], a [`Space`] of settings, a number of trials. Out: a [`SearchOutcome`]: every [`Trial`] with what it
+//! In: a [`Differentiable`] model, [`Rows`], a [`Space`] of settings, a number of trials. Out: a [`SearchOutcome`]: every [`Trial`] with what it
 //! reached, the front of harm against cost, and the perturbation that leaves the least harm within the [`Budget`].
 //!
 //! A trial's direction takes gradients and is dear; radii along it take forward passes and are cheap, so each direction is measured at
@@ -22,7 +22,7 @@ use super::engine::{Engine, OptimizeError, Set, factor};
 use super::radius::{self, Budget, Radius, RadiusPoint};
 use super::step::StepRecord;
 use super::{Observer, Outcome, Rows, State};
-use crate::model::{Decoder, EncodedRow, Point, TargetTensors};
+use crate::model::{Differentiable, EncodedRow, Point, TargetTensors};
 
 pub use front::TrialPoint;
 pub use space::{Choice, Space, Value};
@@ -117,7 +117,7 @@ pub struct SearchOutcome {
 /// trials that this search would make. A loss or a gradient that is not finite ends the search in the first trial, and only the
 /// trial in others.
 pub fn search(
-    decoder: &mut Decoder<'_>,
+    decoder: &mut dyn Differentiable,
     rows: &Rows,
     settings: &SearchSettings,
     resumed: Vec<Trial>,
