@@ -74,6 +74,14 @@ fn logits_losses_and_gradients_agree_with_pytorch() {
                 case.display()
             );
 
+            let predicted = decoder.predicted(&values, &pack).expect("predictions");
+            let of_each = logits.chunks_exact(decoder.config().vocab_size);
+            assert_eq!(predicted.len(), of_each.len());
+            for (predicted, logits) in predicted.iter().zip(of_each) {
+                let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+                assert_eq!(logits[predicted.likeliest as usize], largest);
+            }
+
             let mut gradient = values.zeros_like();
             let loss = decoder
                 .loss_and_gradient(&values, &pack, &mut gradient)

@@ -10,6 +10,7 @@ use thiserror::Error;
 use super::adapter::AdapterModule;
 use super::block::{Below, Layer, Saved, Scratch, Tokens};
 use super::config::{BlockConfig, Config};
+use super::device::DeviceError;
 use super::differentiable::Differentiable;
 use super::head::{Head, HeadScratch, LossSum, Objective, Predicted};
 use super::kernels::attention::Pattern;
@@ -56,6 +57,9 @@ pub enum PackError {
         /// Number of embeddings.
         vocab_size: usize,
     },
+    /// The device that computes it failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A prompt without a token, which nothing can follow.
     #[error("prompt number {index} holds no token")]
     EmptyPrompt {
@@ -190,6 +194,11 @@ impl<'c> Decoder<'c> {
             elements(&block.qkv) + elements(&block.output) + gated.map_or(0, of_gated)
         };
         4 * self.weights.blocks.iter().map(of_block).max().unwrap_or(0)
+    }
+
+    /// Bytes of the output matrix in f32.
+    pub fn head_bytes(&self) -> usize {
+        4 * self.weights.head.elements()
     }
 
     /// Bytes of the largest block's matrices as operands of products, of one expert where it has several. What is in BF16 takes no more than

@@ -213,8 +213,8 @@ impl Linear<'_> {
         w.arrange_widened(products);
     }
 
-    /// Widens the matrices into `w`, outputs x inputs.
-    fn widen(&self, point: Point<'_>, w: &mut Vec<f32>) {
+    /// Widens the matrices, with the targets at `point`, into `w`, outputs x inputs.
+    pub(crate) fn widen(&self, point: Point<'_>, w: &mut Vec<f32>) {
         w.resize(self.outputs * self.inputs, 0.0);
         let mut rest = w.as_mut_slice();
         for part in &self.parts {

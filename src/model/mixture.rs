@@ -212,6 +212,31 @@ impl Mixture {
 }
 
 impl Routing {
+    /// Where the router's `products` (tokens x experts) send each token.
+    pub(crate) fn of_products(settings: Experts, products: Vec<f32>) -> Self {
+        let mut routing = Self {
+            probabilities: products,
+            ..Self::default()
+        };
+        routing.assign(settings);
+        routing
+    }
+
+    /// How often a token was sent to an expert.
+    pub(crate) fn count(&self) -> usize {
+        self.assigned.len()
+    }
+
+    /// The tokens that `expert` gets, ascending, and their weights.
+    pub(crate) fn of_expert(&self, expert: usize) -> (Vec<u32>, Vec<f32>) {
+        let assigned = self.assigned[self.range(expert)].iter();
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a pack has far fewer tokens than 2^32"
+        )]
+        assigned.map(|it| (it.token as u32, it.weight)).unzip()
+    }
+
     /// Sends each row of `y` to its most probable experts; of equally probable ones, to the first.
     fn choose(&mut self, settings: Experts, y: &[f32], router: &[f32], hidden: usize) {
         let (n, count) = (y.len() / hidden, settings.count);
@@ -266,7 +291,7 @@ impl Routing {
     /// The gradient with respect to what the router gave before its softmax, tokens x experts, given that with respect to the weights.
     ///
     /// Of weights p_e / s with s the sum over the chosen: dp_e = (dw_e - sum of dw_i w_i) / s. Of the softmax: p (dp - sum of dp p).
-    fn router_gradient(&self, settings: Experts, d_weights: &[f32]) -> Vec<f32> {
+    pub(crate) fn router_gradient(&self, settings: Experts, d_weights: &[f32]) -> Vec<f32> {
         let count = settings.count;
         let n = self.probabilities.len() / count;
         let mut d = vec![0.0; n * count];

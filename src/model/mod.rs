@@ -7,13 +7,15 @@
 //! between them. It runs on plain f32 slices and products of its own door (`matmul`: AMX tiles, or the `gemm` crate, candle's own), instead of candle's
 //! tensors: candle 0.11 computes a weight gradient for every frozen matrix, gives each intermediate result fresh pages, and
 //! its fused operations have no backward, which together cost 2.7 to 3.6 times the time and 4 times the memory on a
-//! 135M-parameter model. Candle's autograd remains as a second opinion in `tests/candle.rs`.
+//! 135M-parameter model. Candle's autograd remains as a second opinion in `tests/candle.rs`. On GPUs the same decoder runs on
+//! candle's tensors, without its tape ([`device`]); [`Differentiable`] is what both have in common.
 
 mod adapter;
 mod block;
 mod classifier;
 pub(crate) mod config;
 mod decoder;
+pub mod device;
 mod differentiable;
 mod family;
 mod frequencies;

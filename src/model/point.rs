@@ -8,13 +8,21 @@ use std::borrow::Cow;
 use panacea_formats::TensorView;
 
 use super::linear::{copy, widen, widen_here};
-use super::tensors::TargetTensors;
+use super::tensors::{Content, TargetTensors};
 
 /// Values of all targets: those that are stored, or given ones, plus a direction or not.
 #[derive(Clone, Copy, Debug)]
 pub struct Point<'v> {
     base: Option<&'v TargetTensors>,
     direction: Option<(f32, &'v TargetTensors)>,
+}
+
+/// Tells points apart without reading their values: at two with the same one, all values are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PointContent {
+    base: Option<Content>,
+    /// The factor by its bits.
+    direction: Option<(u32, Content)>,
 }
 
 impl<'v> Point<'v> {
@@ -40,6 +48,16 @@ impl<'v> Point<'v> {
         Self {
             direction: Some((factor, direction)),
             ..self
+        }
+    }
+
+    /// What tells these values from others.
+    pub(super) fn content(self) -> PointContent {
+        let direction =
+            |(factor, direction): (f32, &TargetTensors)| (factor.to_bits(), direction.content());
+        PointContent {
+            base: self.base.map(TargetTensors::content),
+            direction: self.direction.map(direction),
         }
     }
 

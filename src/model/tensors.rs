@@ -3,51 +3,90 @@
 //! The optimizer's vector space. Every sum over elements runs in f64, tensor after tensor in the list's order, in chunks of
 //! a fixed size, so no result depends on the number of threads.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use rayon::prelude::*;
 
 /// Elements summed by one task; fixed, so that partial sums are always the same.
 const CHUNK: usize = 1 << 16;
 
 /// One f32 tensor for each target, in the targets' order.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct TargetTensors(Vec<Vec<f32>>);
+#[derive(Clone, Debug, Default)]
+pub struct TargetTensors {
+    tensors: Vec<Vec<f32>>,
+    content: Content,
+}
+
+/// Tells contents apart without reading them: of two lists with the same one, all elements are the same. A clone has its original's, and
+/// whatever may write draws a new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Content(u64);
+
+impl Content {
+    fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Default for Content {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PartialEq for TargetTensors {
+    fn eq(&self, other: &Self) -> bool {
+        self.tensors == other.tensors
+    }
+}
 
 impl TargetTensors {
     /// Takes the elements of each target, row-major.
     pub fn new(tensors: Vec<Vec<f32>>) -> Self {
-        Self(tensors)
+        Self {
+            tensors,
+            content: Content::new(),
+        }
+    }
+
+    /// What tells these elements from others.
+    pub(super) fn content(&self) -> Content {
+        self.content
     }
 
     /// Zeros in the shape of `self`.
     #[must_use]
     pub fn zeros_like(&self) -> Self {
-        Self(self.0.iter().map(|t| vec![0.0; t.len()]).collect())
+        Self::new(self.iter().map(|t| vec![0.0; t.len()]).collect())
     }
 
     /// The elements of each target.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &[f32]> {
-        self.0.iter().map(Vec::as_slice)
+        self.tensors.iter().map(Vec::as_slice)
     }
 
     /// The elements of target number `index`.
     pub fn tensor(&self, index: usize) -> &[f32] {
-        &self.0[index]
+        &self.tensors[index]
     }
 
     /// The elements of target number `index`, to write to.
     pub fn tensor_mut(&mut self, index: usize) -> &mut [f32] {
-        &mut self.0[index]
+        self.content = Content::new();
+        &mut self.tensors[index]
     }
 
     /// Drops the targets whose numbers `keeps` does not keep.
     pub fn retain(&mut self, keeps: impl Fn(usize) -> bool) {
+        self.content = Content::new();
         let mut number = 0..;
-        self.0.retain(|_| number.next().is_some_and(&keeps));
+        self.tensors.retain(|_| number.next().is_some_and(&keeps));
     }
 
     /// Elements in all targets together.
     pub fn elements(&self) -> usize {
-        self.0.iter().map(Vec::len).sum()
+        self.tensors.iter().map(Vec::len).sum()
     }
 
     /// Sets every element to 0.
@@ -73,8 +112,13 @@ impl TargetTensors {
 
     /// Applies `update` to each pair of elements of `self` and `other`.
     pub fn zip_mut(&mut self, other: &Self, update: impl Fn(&mut f32, f32) + Sync) {
-        assert_eq!(self.0.len(), other.0.len(), "tensors of the same targets");
-        for (x, y) in self.0.iter_mut().zip(&other.0) {
+        assert_eq!(
+            self.tensors.len(),
+            other.tensors.len(),
+            "tensors of the same targets"
+        );
+        self.content = Content::new();
+        for (x, y) in self.tensors.iter_mut().zip(&other.tensors) {
             assert_eq!(x.len(), y.len(), "tensors of the same targets");
             x.par_chunks_mut(CHUNK)
                 .zip(y.par_chunks(CHUNK))
@@ -84,7 +128,7 @@ impl TargetTensors {
 
     /// Sum over all elements of `self * other`, in f64.
     pub fn dot(&self, other: &Self) -> f64 {
-        self.0.iter().zip(&other.0).map(|(x, y)| dot(x, y)).sum()
+        self.iter().zip(other.iter()).map(|(x, y)| dot(x, y)).sum()
     }
 
     /// Euclidean norm over all targets together.
@@ -94,11 +138,14 @@ impl TargetTensors {
 
     /// Euclidean norm of each target.
     pub fn norms(&self) -> Vec<f64> {
-        self.0.iter().map(|x| dot(x, x).sqrt()).collect()
+        self.iter().map(|x| dot(x, x).sqrt()).collect()
     }
 
     fn par_chunks_mut(&mut self) -> impl ParallelIterator<Item = &mut [f32]> {
-        self.0.par_iter_mut().flat_map(|x| x.par_chunks_mut(CHUNK))
+        self.content = Content::new();
+        self.tensors
+            .par_iter_mut()
+            .flat_map(|x| x.par_chunks_mut(CHUNK))
     }
 }
 
@@ -145,6 +192,31 @@ mod tests {
         assert_eq!(x, pair().zeros_like());
         x.retain(|number| number == 1);
         assert_eq!(x, TargetTensors::new(vec![vec![0.0; 2]]));
+    }
+
+    #[test]
+    fn contents_are_told_apart_by_who_may_have_written() {
+        let x = pair();
+        let mut y = x.clone();
+        assert_eq!(x.content(), y.content());
+        assert_ne!(x.content(), pair().content());
+        let mut seen = vec![x.content()];
+        let mut differs = |y: &TargetTensors| {
+            assert!(!seen.contains(&y.content()));
+            seen.push(y.content());
+        };
+        y.tensor_mut(0)[0] = 1.0;
+        differs(&y);
+        y.clear();
+        differs(&y);
+        y.scale(2.0);
+        differs(&y);
+        y.copy_from(&x);
+        differs(&y);
+        y.add_scaled(1.0, &x);
+        differs(&y);
+        y.retain(|number| number == 0);
+        differs(&y);
     }
 
     #[test]

@@ -68,6 +68,16 @@ impl Pattern<'_> {
         (position + 1).saturating_sub(reach)
     }
 
+    /// The tokens that `token` sees: shared ones, and own ones of its sequence.
+    pub(crate) fn seen(&self, token: usize) -> [Range<usize>; 2] {
+        let all = self.segments();
+        let mut with = all.filter(|segment| segment.tokens.contains(&token));
+        match with.next() {
+            Some(segment) => self.keys(&segment, &(token..token + 1)).parts,
+            None => [0..0, 0..0],
+        }
+    }
+
     /// The keys that the tokens `queries` of `segment` see, all together.
     fn keys(&self, segment: &Segment, queries: &Range<usize>) -> Keys {
         let first = self.first_seen(segment.position(queries.start));

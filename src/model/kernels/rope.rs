@@ -95,8 +95,23 @@ impl Rotations {
     }
 
     /// How many tokens the pack has.
-    fn tokens(&self) -> usize {
+    pub(crate) fn tokens(&self) -> usize {
         self.rows.len()
+    }
+
+    /// Pairs of dimensions that turn.
+    pub(crate) fn pairs(&self) -> usize {
+        self.half
+    }
+
+    /// Cosines and sines of the pack's tokens: tokens x pairs.
+    pub(crate) fn of_tokens(&self) -> (Vec<f32>, Vec<f32>) {
+        let of = |table: &[f32]| -> Vec<f32> {
+            let rows = self.rows.iter().map(|row| row * self.half);
+            rows.flat_map(|at| table[at..at + self.half].iter().copied())
+                .collect()
+        };
+        (of(&self.cos), of(&self.sin))
     }
 
     #[inline(always)]

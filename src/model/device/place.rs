@@ -1,0 +1,194 @@
+//! Devices: what they are called, opening them, and how a model's blocks are divided among several.
+//!
+//! In: names, as on a command line. Out: open [`Device`]s with the precision that they compute in.
+
+use std::fmt;
+use std::str::FromStr;
+
+use candle_core::{DType, Tensor};
+use thiserror::Error;
+
+use super::error::DeviceError;
+
+/// A device's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceName {
+    /// This processor, by the code that a GPU would run: for tests. The [`Decoder`](crate::model::Decoder) is faster.
+    Candle,
+    /// The NVIDIA GPU of this number.
+    Cuda(usize),
+    /// Apple's GPU.
+    Metal,
+}
+
+/// A text that names no device.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("`cuda:0` (or the number of another NVIDIA GPU) or `metal` belongs here")]
+pub struct DeviceNameError;
+
+impl FromStr for DeviceName {
+    type Err = DeviceNameError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "candle" => Ok(Self::Candle),
+            "cuda" => Ok(Self::Cuda(0)),
+            "metal" => Ok(Self::Metal),
+            _ => {
+                let number = text.strip_prefix("cuda:").ok_or(DeviceNameError)?;
+                number.parse().map(Self::Cuda).map_err(|_| DeviceNameError)
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Candle => f.write_str("candle"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+            Self::Metal => f.write_str("metal"),
+        }
+    }
+}
+
+/// How a device stores matrices and activations. Sums, norms, softmax and losses are f32 in either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// BF16, half the memory, for which GPUs have units of their own.
+    Bf16,
+    /// f32.
+    F32,
+}
+
+impl Precision {
+    pub(super) fn dtype(self) -> DType {
+        match self {
+            Self::Bf16 => DType::BF16,
+            Self::F32 => DType::F32,
+        }
+    }
+
+    /// Bytes of an element.
+    pub(super) fn bytes(self) -> usize {
+        self.dtype().size_in_bytes()
+    }
+}
+
+/// A device that can be computed on.
+#[derive(Clone, Debug)]
+pub struct Device {
+    name: DeviceName,
+    precision: Precision,
+    pub(super) handle: candle_core::Device,
+}
+
+impl Device {
+    /// Opens the device called `name`, which computes in BF16 if it is a GPU.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when this program was built without it, or it is not there.
+    pub fn open(name: DeviceName) -> Result<Self, DeviceError> {
+        let (handle, precision) = match name {
+            DeviceName::Candle => (Ok(candle_core::Device::Cpu), Precision::F32),
+            DeviceName::Cuda(number) => (candle_core::Device::new_cuda(number), Precision::Bf16),
+            DeviceName::Metal => (candle_core::Device::new_metal(0), Precision::Bf16),
+        };
+        let handle = handle.map_err(|error| DeviceError::of_opening(name, &error))?;
+        // What is BF16 is exact in TF32, so that products of such f32 have BF16's inputs and f32's sums.
+        candle_core::cuda::set_gemm_reduced_precision_f32(true);
+        Ok(Self {
+            name,
+            precision,
+            handle,
+        })
+    }
+
+    /// The same, computing in `precision`.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> DeviceName {
+        self.name
+    }
+
+    /// What it stores matrices and activations in.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Bytes of its memory that are free, where it tells.
+    pub fn free_memory(&self) -> Option<u64> {
+        #[cfg(feature = "cuda")]
+        if let candle_core::Device::Cuda(cuda) = &self.handle {
+            let free = cuda.cuda_stream().context().mem_get_info().ok()?.0;
+            return u64::try_from(free).ok();
+        }
+        None
+    }
+
+    /// Elements in f32.
+    pub(super) fn upload(&self, values: &[f32], shape: &[usize]) -> candle_core::Result<Tensor> {
+        Tensor::from_slice(values, shape, &self.handle)
+    }
+
+    /// What an operation on this device met.
+    pub(super) fn failed(&self, error: &candle_core::Error) -> DeviceError {
+        DeviceError::of(self.name, error)
+    }
+}
+
+/// On which of several devices each block goes: in order, as many bytes on each as its share of the free memory.
+///
+/// `blocks`: bytes of each. `free`: bytes of each device. Returns a device's number for each block.
+pub(super) fn divide(blocks: &[u64], free: &[u64]) -> Vec<usize> {
+    let total: u128 = blocks.iter().copied().map(u128::from).sum();
+    let all: u128 = free.iter().copied().map(u128::from).sum();
+    let (mut device, mut until) = (0, free.first().copied().map_or(0, u128::from));
+    let mut before = 0;
+    let of_block = |&bytes: &u64| {
+        // By where its middle falls.
+        let middle = 2 * before + u128::from(bytes);
+        before += u128::from(bytes);
+        while device + 1 < free.len() && middle * all > 2 * until * total {
+            device += 1;
+            until += u128::from(free[device]);
+        }
+        device
+    };
+    blocks.iter().map(of_block).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for name in ["candle", "cuda:0", "cuda:12", "metal"] {
+            assert_eq!(
+                name.parse().map(|it: DeviceName| it.to_string()),
+                Ok(name.to_owned())
+            );
+        }
+        assert_eq!("cuda".parse(), Ok(DeviceName::Cuda(0)));
+        for name in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "Metal"] {
+            assert_eq!(name.parse::<DeviceName>(), Err(DeviceNameError), "{name}");
+        }
+    }
+
+    #[test]
+    fn blocks_are_divided_by_free_memory_and_stay_in_order() {
+        assert_eq!(divide(&[1; 4], &[9]), [0; 4]);
+        assert_eq!(divide(&[1; 4], &[1, 1]), [0, 0, 1, 1]);
+        assert_eq!(divide(&[1; 4], &[3, 1]), [0, 0, 0, 1]);
+        assert_eq!(divide(&[1; 6], &[1, 1, 1]), [0, 0, 1, 1, 2, 2]);
+        assert_eq!(divide(&[1; 2], &[1, 0, 1]), [0, 2]);
+        assert_eq!(divide(&[5, 1, 1, 1], &[1, 1]), [0, 1, 1, 1]);
+        // Sizes of real memories, whose products are beyond 64 bits.
+        assert_eq!(divide(&[1 << 40; 2], &[80 << 30, 80 << 30]), [0, 1]);
+    }
+}
