@@ -57,6 +57,35 @@ impl Pack {
         Self::behind(common_beginning(rows.iter().copied()), rows.iter().copied())
     }
 
+    /// The same rows as two packs of about as many tokens, in order. Of one row, itself and nothing.
+    pub(super) fn halves(&self) -> [Self; 2] {
+        let (shared, end) = (self.starts[0], self.tokens.len());
+        let inner = 1..self.starts.len() - 1;
+        let middle = inner.min_by_key(|&row| (2 * self.starts[row]).abs_diff(shared + end));
+        let middle = middle.unwrap_or(self.starts.len() - 1);
+        let at = self.starts[middle];
+        let predicted = self.predictions.partition_point(|it| it.position < at);
+        let back = at - shared;
+        [
+            Self {
+                tokens: self.tokens[..at].to_vec(),
+                starts: self.starts[..=middle].to_vec(),
+                predictions: self.predictions[..predicted].to_vec(),
+            },
+            Self {
+                tokens: [&self.tokens[..shared], &self.tokens[at..]].concat(),
+                starts: self.starts[middle..].iter().map(|it| it - back).collect(),
+                predictions: self.predictions[predicted..]
+                    .iter()
+                    .map(|it| Prediction {
+                        position: it.position - back,
+                        ..*it
+                    })
+                    .collect(),
+            },
+        ]
+    }
+
     /// `rows`, of which the first `shared` tokens are the same.
     fn behind<'a>(shared: usize, rows: impl IntoIterator<Item = &'a EncodedRow>) -> Self {
         let mut pack = Self {
@@ -140,6 +169,28 @@ mod tests {
             ]
         );
         assert_eq!((a.predicted(), b.predicted()), (1, 1));
+    }
+
+    #[test]
+    fn halves_are_packs_of_the_rows_on_either_side() {
+        let row = |own: std::ops::Range<u32>| EncodedRow {
+            tokens: (100..110).chain(own.clone()).collect(),
+            in_loss: (0..10 + own.len()).map(|i| i > 10).collect(),
+        };
+        let rows = [row(0..3), row(3..9), row(9..11), row(11..15)];
+        let whole: Vec<&EncodedRow> = rows.iter().collect();
+        for pack in [Pack::of(&rows), Pack::sharing(&whole)] {
+            let joined = |rows: &[&EncodedRow]| match pack.starts[0] {
+                0 => Pack::of(rows.iter().copied()),
+                shared => Pack::behind(shared, rows.iter().copied()),
+            };
+            let halves = pack.halves();
+            assert_eq!(halves, [joined(&whole[..2]), joined(&whole[2..])]);
+            assert_eq!(
+                halves[1].halves(),
+                [joined(&whole[2..3]), joined(&whole[3..])]
+            );
+        }
     }
 
     #[test]
