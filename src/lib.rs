@@ -54,5 +54,6 @@ pub mod manifest;
 pub mod model;
 pub mod number;
 pub mod optimize;
+pub mod ranks;
 pub mod report;
 pub mod resume;

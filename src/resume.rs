@@ -9,6 +9,7 @@
 //! stored as their bits, since a decimal text need not come back as the same number. The file is for this machine
 //! and this version of the program; it is deleted when the run is done.
 
+mod shared;
 mod trials;
 
 use std::borrow::Cow;
@@ -26,10 +27,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
+pub use shared::{share, share_trials};
 pub use trials::{load_trials, save_trials};
 
 use crate::model::TargetTensors;
 use crate::optimize::{State, StepRecord};
+use crate::ranks::RanksError;
 
 /// Everything that changes a run's numbers, by name: settings, digests of data and weights, the program's version.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +51,7 @@ impl Identity {
     }
 
     /// What `later` has otherwise than `self`.
-    fn differences(&self, later: &Self) -> Vec<Difference> {
+    pub fn differences(&self, later: &Self) -> Vec<Difference> {
         let names: std::collections::BTreeSet<&String> =
             self.0.keys().chain(later.0.keys()).collect();
         names
@@ -200,6 +203,9 @@ pub enum ResumeError {
     /// The file cannot be written.
     #[error(transparent)]
     Write(#[from] OutputError),
+    /// Another rank cannot go on.
+    #[error(transparent)]
+    Ranks(#[from] RanksError),
 }
 
 /// A thing that two runs do not have in common.

@@ -107,6 +107,7 @@ pub(super) fn from_file(
             parameters: settings::addition_parameters(settings, model),
             dependencies,
             byproducts,
+            ..Origin::default()
         })
     };
     let written = rayon::in_place_scope(|scope| {

@@ -583,7 +583,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "DEVICE", value_parser = device)]
     pub(crate) device: Option<Device>,
 
-    /// Threads to compute with [default: one per core]. The output does not depend on it.
+    /// Threads to compute with [default: one per core, of several ranks their share]. The output does not depend on it.
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) threads: Option<usize>,
 

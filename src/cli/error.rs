@@ -41,6 +41,22 @@ pub(crate) enum Exit {
     Interrupted = 130,
 }
 
+impl Exit {
+    /// The way of ending that has this code; one that is none is the machine's.
+    pub(crate) fn of_code(code: u8) -> Self {
+        let all = [
+            Self::Done,
+            Self::SaidNo,
+            Self::Usage,
+            Self::Refused,
+            Self::Interrupted,
+        ];
+        let mut all = all.into_iter();
+        all.find(|exit| *exit as u8 == code)
+            .unwrap_or(Self::Environment)
+    }
+}
+
 /// Why the program ends otherwise than done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
@@ -459,6 +475,7 @@ impl From<OptimizeError> for Failure {
         match error {
             OptimizeError::Interrupted => Self::interrupted(),
             OptimizeError::Weights(error) => error.into(),
+            OptimizeError::Ranks(error) => error.into(),
             OptimizeError::Budget { .. } => Self::doing(Exit::SaidNo, what, &error)
                 .hint("raise --kl-budget or --task-budget, or set --rho to a number"),
             OptimizeError::NoTrial { .. } => Self::doing(Exit::SaidNo, what, &error)
@@ -692,6 +709,7 @@ impl From<ResumeError> for Failure {
             ResumeError::Read(error) => {
                 Self::from(error).hint("leave out --resume to start from the beginning")
             }
+            ResumeError::Ranks(error) => error.into(),
             ResumeError::Write(error) => Self::from(error)
                 .hint("make room, or turn saving off with --state-every 0"),
             ResumeError::OtherRun { .. } => Self::of(Exit::Refused, &error).hint(

@@ -16,11 +16,13 @@ use panacea_patch::optimize::{
     self, RadiusPoint, Random, Rows, SearchOutcome, SearchSettings, Set, Settings, State,
     StepRecord, Trial, gaussian,
 };
-use panacea_patch::resume::Identity;
-use serde_json::{Value, json};
+use panacea_patch::ranks::Cost;
+use panacea_patch::resume::{self, Identity};
+use serde_json::{Map, Value, json};
 
 use super::args::WorkArgs;
 use super::error::{Exit, Failure};
+use super::launch::Launch;
 use super::memory::MemoryPlan;
 use super::model::{Model, looked_in};
 use super::report::{Reporter, Saver, StepWatch};
@@ -65,6 +67,10 @@ pub(super) struct Found {
     pub(super) inputs: Vec<Dependency>,
     /// What was tried for it, without the perturbation.
     pub(super) search: Option<SearchOutcome>,
+    /// How many processes shared the work.
+    pub(super) ranks: usize,
+    /// What that took, on this one.
+    cost: Cost,
 }
 
 /// What an interrupted run left.
@@ -84,6 +90,7 @@ pub(super) fn prepare<'c>(
     model: &'c Model,
     search: &'c Search,
     work: &WorkArgs,
+    launch: &Launch,
     reporter: &Reporter,
 ) -> Result<Prepared<'c>, Failure> {
     if search.trials.is_some() && work.state_every.is_some_and(|every| every > 0) {
@@ -127,7 +134,7 @@ pub(super) fn prepare<'c>(
             .map(|shard| shard.file.length() as u64)
             .sum(),
         work.recompute,
-        work.memory,
+        (work.memory, launch.neighbours),
     )?;
     decoder = decoder.with_activations(memory.activations);
     if memory.releases {
@@ -268,7 +275,7 @@ impl Prepared<'_> {
         identity
     }
 
-    /// Does the work.
+    /// Does the work, together with the other ranks of `launch`.
     ///
     /// # Errors
     /// When no perturbation is found, or the work is interrupted.
@@ -276,8 +283,61 @@ impl Prepared<'_> {
         mut self,
         saver: Option<Saver>,
         resumed: Option<Resumed>,
+        launch: &Launch,
         reporter: &Reporter,
     ) -> Result<Found, Failure> {
+        launch.agree(&self.identity())?;
+        launch.tell(reporter);
+        let outcome = self.find(saver, resumed, launch, reporter)?;
+        launch.group.end();
+        self.model.check_unchanged()?;
+        let names = self.targets.iter().map(|(name, _)| name.as_str());
+        let base = describe_base(&self.model.checkpoint, names)
+            .map_err(|problems| not_patchable(&problems))?;
+        Ok(Found {
+            record: PerturbationRecord {
+                method: self.search.method().to_owned(),
+                parameters: outcome.parameters,
+                seed: self.search.seed,
+                space: self.model.space(),
+                base,
+                data: self.data,
+                tool: format!("panacea-patch {}", env!("CARGO_PKG_VERSION")),
+            },
+            targets: self.targets,
+            selection: outcome.selection,
+            delta: outcome.delta,
+            steps: outcome.steps,
+            seconds: outcome.seconds,
+            radii: outcome.radii,
+            results: outcome.results,
+            inputs: self.inputs,
+            search: outcome.search,
+            ranks: launch.group.size(),
+            cost: launch.group.cost(),
+        })
+    }
+
+    /// Does the share of a rank that is not the first, and keeps nothing of it.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub(super) fn follow(mut self, launch: &Launch, reporter: &Reporter) -> Result<(), Failure> {
+        launch.agree(&self.identity())?;
+        self.find(None, None, launch, reporter)?;
+        launch.group.end();
+        Ok(())
+    }
+
+    /// What every rank does.
+    fn find(
+        &mut self,
+        saver: Option<Saver>,
+        resumed: Option<Resumed>,
+        launch: &Launch,
+        reporter: &Reporter,
+    ) -> Result<Outcome, Failure> {
+        let group = &launch.group;
         let trial_settings = self.trial_settings();
         let mut parameters = self.search.parameters();
         let mut selection = self.search.selection();
@@ -302,10 +362,7 @@ impl Prepared<'_> {
                 Outcome {
                     results: vec![("rho", rho), ("delta_norm", delta.norm())],
                     delta,
-                    steps: Vec::new(),
-                    seconds: Vec::new(),
-                    radii: Vec::new(),
-                    search: None,
+                    ..Outcome::default()
                 }
             }
             Some(mut computing) => {
@@ -329,12 +386,15 @@ impl Prepared<'_> {
                             Some(Resumed::Trials(trials)) => trials,
                             _ => Vec::new(),
                         };
+                        let trials = resume::share_trials(group, trials)?;
                         reporter.stage(format!(
                             "trying {} settings: {}",
                             settings.trials, settings.space
                         ));
                         watch.go_on_after(&trials, settings.budget);
-                        let found = optimize::search(decoder, rows, &settings, trials, &mut watch);
+                        let found = optimize::search_among(
+                            group, decoder, rows, &settings, trials, &mut watch,
+                        );
                         watch.finish();
                         let found = found?;
                         tell_of_judged(&found, reporter);
@@ -347,9 +407,11 @@ impl Prepared<'_> {
                             Some(Resumed::Steps(state)) => Some(state),
                             _ => None,
                         };
+                        let state = resume::share(group, state)?;
                         let settings = &self.search.settings;
-                        let outcome =
-                            optimize::optimize(decoder, rows, settings, state, &mut watch);
+                        let outcome = optimize::optimize_among(
+                            group, decoder, rows, settings, state, &mut watch,
+                        );
                         watch.finish();
                         let outcome = outcome?;
                         Outcome {
@@ -358,35 +420,16 @@ impl Prepared<'_> {
                             seconds: watch.seconds().to_vec(),
                             radii: outcome.radii,
                             results: outcome.results,
-                            search: None,
+                            ..Outcome::default()
                         }
                     }
                 }
             }
         };
-        self.model.check_unchanged()?;
-        let names = self.targets.iter().map(|(name, _)| name.as_str());
-        let base = describe_base(&self.model.checkpoint, names)
-            .map_err(|problems| not_patchable(&problems))?;
-        Ok(Found {
-            record: PerturbationRecord {
-                method: self.search.method().to_owned(),
-                parameters,
-                seed: self.search.seed,
-                space: self.model.space(),
-                base,
-                data: self.data,
-                tool: format!("panacea-patch {}", env!("CARGO_PKG_VERSION")),
-            },
-            targets: self.targets,
+        Ok(Outcome {
+            parameters,
             selection,
-            delta: outcome.delta,
-            steps: outcome.steps,
-            seconds: outcome.seconds,
-            radii: outcome.radii,
-            results: outcome.results,
-            inputs: self.inputs,
-            search: outcome.search,
+            ..outcome
         })
     }
 
@@ -405,10 +448,10 @@ impl Prepared<'_> {
         Outcome {
             delta,
             steps: std::mem::take(&mut found.outcome.steps),
-            seconds: Vec::new(),
             radii: std::mem::take(&mut found.outcome.radii),
             results: std::mem::take(&mut found.outcome.results),
             search: Some(found),
+            ..Outcome::default()
         }
     }
 }
@@ -438,7 +481,13 @@ fn tell_of_judged(found: &SearchOutcome, reporter: &Reporter) {
     }
 }
 
+/// What every rank ends with.
+#[derive(Default)]
 struct Outcome {
+    /// As the record has them.
+    parameters: Map<String, Value>,
+    /// What picks the targets that are left.
+    selection: Option<TargetSelection>,
     delta: TargetTensors,
     steps: Vec<StepRecord>,
     seconds: Vec<f64>,
@@ -466,6 +515,19 @@ impl Found {
             "tensors": self.targets.len(),
             "elements": self.delta.elements(),
             "norm": self.delta.norm(),
+        })
+    }
+
+    /// The processes that shared the work, where there were several, and what that took on the first: bytes of gradients that were
+    /// summed, seconds in sums, and seconds until the others had come as far.
+    pub(super) fn ranks_json(&self) -> Option<Value> {
+        (self.ranks > 1).then(|| {
+            json!({
+                "size": self.ranks,
+                "summed_bytes": self.cost.bytes,
+                "summing_seconds": self.cost.summing.as_secs_f64(),
+                "waiting_seconds": self.cost.waiting.as_secs_f64(),
+            })
         })
     }
 

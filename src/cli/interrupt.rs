@@ -11,7 +11,7 @@ use super::error::{Exit, Failure};
 /// When the system refuses.
 pub(super) fn listen() -> Result<(), Failure> {
     ctrlc::set_handler(|| {
-        if ASKED.swap(true, Ordering::SeqCst) {
+        if SIGNALLED.swap(true, Ordering::SeqCst) {
             #[expect(
                 clippy::exit,
                 reason = "the user insists; outputs are complete or absent at any moment"
@@ -24,7 +24,13 @@ pub(super) fn listen() -> Result<(), Failure> {
 
 /// Whether the work was asked to stop.
 pub(super) fn asked() -> bool {
-    ASKED.load(Ordering::SeqCst)
+    SIGNALLED.load(Ordering::SeqCst) || TOLD.load(Ordering::SeqCst)
 }
 
-static ASKED: AtomicBool = AtomicBool::new(false);
+/// Asks the work to stop, as a signal does that came to another rank. One that comes to this process after it is still its first.
+pub(super) fn ask() {
+    TOLD.store(true, Ordering::SeqCst);
+}
+
+static SIGNALLED: AtomicBool = AtomicBool::new(false);
+static TOLD: AtomicBool = AtomicBool::new(false);

@@ -37,7 +37,7 @@ impl MemorySize {
 }
 
 impl MemoryPlan {
-    /// Chooses the fastest way that keeps to the budget: `given`, or what is free.
+    /// Chooses the fastest way that keeps to the budget: `given`, or an equal part of what is free for each of `sharers`.
     ///
     /// # Errors
     /// When none keeps to the budget that was given. One that the machine seems too small for is tried all the same.
@@ -47,7 +47,7 @@ impl MemoryPlan {
         settings: &Settings,
         weights: u64,
         recompute: bool,
-        given: Option<MemorySize>,
+        (given, sharers): (Option<MemorySize>, usize),
     ) -> Result<Self, Failure> {
         let plan = |activations, releases| {
             Self::of(decoder, rows, settings, weights, activations, releases)
@@ -57,7 +57,10 @@ impl MemoryPlan {
             false => Activations::Keep,
         };
         let mut way = plan(first, false);
-        let Some(budget) = given.map(|size| size.0).or_else(free_memory) else {
+        let Some(budget) = given.map(|size| size.0).or_else(|| {
+            let free = free_memory()?;
+            Some(free / sharers as u64)
+        }) else {
             return Ok(way);
         };
         for activations in [first, Activations::Recompute] {

@@ -16,6 +16,7 @@ mod form;
 mod inspect;
 mod interrupt;
 mod keygen;
+mod launch;
 mod memory;
 mod model;
 mod optimize;
@@ -36,12 +37,18 @@ use clap::{CommandFactory, Parser};
 
 use args::{Cli, Command, RunArgs};
 use error::{Exit, Failure};
+use launch::Launch;
 use report::Reporter;
 
 /// Runs the program. Whatever happened is printed; what is left is the exit code.
 pub(crate) fn main() -> ExitCode {
+    let launch = Launch::join();
     let exit = match Cli::try_parse() {
-        Ok(cli) => run(&cli),
+        Ok(cli) => run(&cli, launch),
+        // The first rank says it.
+        Err(error) if launch.as_ref().is_ok_and(|launch| !launch.is_first()) => {
+            Exit::of_code(u8::try_from(error.exit_code()).unwrap_or(u8::MAX))
+        }
         Err(error) => {
             let words: Vec<String> = std::env::args_os()
                 .skip(1)
@@ -53,7 +60,7 @@ pub(crate) fn main() -> ExitCode {
     ExitCode::from(exit as u8)
 }
 
-fn run(cli: &Cli) -> Exit {
+fn run(cli: &Cli, launch: Result<Launch, Failure>) -> Exit {
     let none = RunArgs::default();
     let (name, run_args) = match &cli.command {
         None => ("patch", &cli.patch.run),
@@ -68,18 +75,37 @@ fn run(cli: &Cli) -> Exit {
         Some(Command::Completions { .. }) => ("completions", &none),
         Some(Command::Man { .. }) => ("man", &none),
     };
-    let reporter = Reporter::new(run_args);
-    match start_threads(run_args).and_then(|()| dispatch(cli, &reporter)) {
-        Ok(()) => Exit::Done,
+    let launch = match launch {
+        Ok(launch) => launch,
         Err(failure) => {
-            reporter.failure(name, &failure);
-            failure.exit
+            Reporter::new(run_args).failure(name, &failure);
+            return failure.exit;
         }
-    }
+    };
+    let reporter = match launch.is_first() {
+        true => Reporter::new(run_args),
+        false => Reporter::silent(),
+    };
+    let result = launch
+        .require_search(cli, name)
+        .and_then(|()| start_threads(run_args, &launch))
+        .and_then(|()| match launch.is_first() {
+            true => dispatch(cli, &launch, &reporter),
+            false => launch.follow(cli, &reporter),
+        });
+    let told = |failure: &Failure| {
+        reporter.failure(name, failure);
+        failure.exit
+    };
+    // Before the others end, which may end this process too.
+    let exit = result.as_ref().err().map(told);
+    let of_another = launch.leave(&result);
+    exit.or_else(|| of_another.as_ref().map(told))
+        .unwrap_or(Exit::Done)
 }
 
-fn start_threads(run_args: &RunArgs) -> Result<(), Failure> {
-    let Some(threads) = run_args.threads else {
+fn start_threads(run_args: &RunArgs, launch: &Launch) -> Result<(), Failure> {
+    let Some(threads) = run_args.threads.or_else(|| launch.threads()) else {
         return Ok(());
     };
     rayon::ThreadPoolBuilder::new()
@@ -92,10 +118,10 @@ fn start_threads(run_args: &RunArgs) -> Result<(), Failure> {
         })
 }
 
-fn dispatch(cli: &Cli, reporter: &Reporter) -> Result<(), Failure> {
+fn dispatch(cli: &Cli, launch: &Launch, reporter: &Reporter) -> Result<(), Failure> {
     match &cli.command {
-        None => patch::run(&cli.patch, reporter),
-        Some(Command::Optimize(args)) => optimize::run(args, reporter),
+        None => patch::run(&cli.patch, launch, reporter),
+        Some(Command::Optimize(args)) => optimize::run(args, launch, reporter),
         Some(Command::Apply(args)) => apply::run(args, reporter),
         Some(Command::Convert(args)) => convert::run(args, reporter),
         Some(Command::Eval(args)) => eval::run(args, reporter),

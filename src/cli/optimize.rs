@@ -13,13 +13,18 @@ use super::error::{Exit, Failure};
 use super::find::{self, Found, Resumed};
 use super::form::FormChoice;
 use super::interrupt;
+use super::launch::Launch;
 use super::model::{Model, Use};
 use super::output::{default_perturbation, files_json};
 use super::plan::Plan;
 use super::report::{Report, Reporter, Saver, Table, bytes, number, percent};
 use super::settings::Search;
 
-pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn run(
+    args: &OptimizeArgs,
+    launch: &Launch,
+    reporter: &Reporter,
+) -> Result<(), Failure> {
     let search = Search::resolve(&args.method, &args.data, false)?;
     let form = FormChoice::of(&args.form);
     interrupt::listen()?;
@@ -52,7 +57,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         .filter(|path| path.exists())
         .collect();
     OutputFile::check(&target, overwrite, &inputs, 0)?;
-    let prepared = find::prepare(&model, &search, &args.work, reporter)?;
+    let prepared = find::prepare(&model, &search, &args.work, launch, reporter)?;
     let size = form.bytes(prepared.targets()) + header_room(prepared.targets());
     OutputFile::check(&target, overwrite, &inputs, size)?;
     let adapter = match &args.form.peft {
@@ -76,7 +81,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
     let resumed = state.resumed(&prepared.identity(), reporter)?;
     let saver = state.saver(prepared.identity());
     let mut found = prepared
-        .run(saver, resumed, reporter)
+        .run(saver, resumed, launch, reporter)
         .map_err(|failure| state.explain(failure))?;
     let made = form.make(&found, reporter)?;
     found.record.parameters.extend(made.parameters());
@@ -123,6 +128,7 @@ pub(super) fn run(args: &OptimizeArgs, reporter: &Reporter) -> Result<(), Failur
         radii: Some(json!(found.radii)),
         results: Some(results_json(&found)),
         search: found.search_json(),
+        ranks: found.ranks_json(),
         files: Some(files_json(&files)),
         ..Report::of("optimize")
     };

@@ -56,6 +56,8 @@ pub(super) struct Origin {
     pub(super) dependencies: Vec<Dependency>,
     /// What was measured on the way.
     pub(super) byproducts: Vec<Byproduct>,
+    /// How many processes shared the search, if there was one.
+    pub(super) ranks: usize,
 }
 
 /// A GGUF file that a patched directory becomes.
@@ -374,7 +376,7 @@ impl Origin {
         byproducts.push(byproduct("realized-change", json!(applied.realized.total)));
         Ok(Provenance {
             external_parameters: self.parameters,
-            internal_parameters: object(json!({"device": "cpu"})),
+            internal_parameters: internal_parameters(self.ranks),
             dependencies,
             byproducts,
             finished_on,
@@ -467,6 +469,15 @@ pub(super) fn byproduct(name: &str, measured: Value) -> Byproduct {
         name: name.to_owned(),
         measured: object(measured),
     }
+}
+
+/// What a manifest says of how the work was done: several ranks sum in another order than one process.
+fn internal_parameters(ranks: usize) -> Map<String, Value> {
+    let mut parameters = object(json!({"device": "cpu"}));
+    if ranks > 1 {
+        parameters.insert("ranks".to_owned(), json!(ranks));
+    }
+    parameters
 }
 
 /// The members of an object.

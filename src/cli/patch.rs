@@ -12,6 +12,7 @@ use super::error::Failure;
 use super::evaluation::{Control, PatchEvaluation, PatchFindings, add_search, add_written};
 use super::find::{self, Found};
 use super::interrupt;
+use super::launch::Launch;
 use super::model::{Model, Use};
 use super::optimize::{State, describe, results_json};
 use super::output::{Origin, Output, byproduct};
@@ -19,9 +20,9 @@ use super::plan::Plan;
 use super::report::{Report, Reporter, Table};
 use super::settings::{self, Search};
 
-pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> {
+pub(super) fn run(args: &PatchArgs, launch: &Launch, reporter: &Reporter) -> Result<(), Failure> {
     let Some(path) = &args.model else {
-        return Err(Failure::usage("no model is given").hint("see `panacea-patch --help`"));
+        return Err(no_model());
     };
     let addition = settings::addition(&args.addition, args.method.seed.unwrap_or(0));
     let evaluates = PatchEvaluation::is_wanted(args);
@@ -54,15 +55,8 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         };
         return apply::from_file(loading, &model, output, evaluation, reporter);
     }
-    let search = Search::resolve(&args.method, &args.data, evaluates)?;
-    interrupt::listen()?;
-    let model = Model::open(
-        path,
-        of_base(args, evaluates || search.computes()),
-        reporter,
-    )?;
+    let (model, search) = open(args, reporter)?;
     settings::check_addition(&args.addition, &args.gguf, &model)?;
-    let search = search.in_space(model.space());
     let data: Vec<PathBuf> = search.data_files();
     let data: Vec<&Path> = data.iter().map(PathBuf::as_path).collect();
     let output = Output::plan(
@@ -73,7 +67,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     )?;
     let places = output.places(model.copied());
     let mut evaluation = evaluation.map(|it| it.telling(args, places)).transpose()?;
-    let prepared = find::prepare(&model, &search, &args.work, reporter)?;
+    let prepared = find::prepare(&model, &search, &args.work, launch, reporter)?;
     if args.writing.dry_run {
         return Plan::of_job(&model, &search, &prepared, &output)?.print(COMMAND, reporter);
     }
@@ -81,7 +75,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
     let resumed = state.resumed(&prepared.identity(), reporter)?;
     let saver = state.saver(prepared.identity());
     let found = prepared
-        .run(saver, resumed, reporter)
+        .run(saver, resumed, launch, reporter)
         .map_err(|failure| state.explain(failure))?;
 
     let mut parameters = settings::addition_parameters(addition, &model);
@@ -118,6 +112,7 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
             parameters,
             dependencies,
             byproducts,
+            ranks: found.ranks,
         })
     };
     let wanted = Wanted::in_memory(found.deltas())?;
@@ -145,11 +140,33 @@ pub(super) fn run(args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> 
         radii: Some(json!(found.radii)),
         results: Some(results_json(&found)),
         search: found.search_json(),
+        ranks: found.ranks_json(),
         realized: Some(json!(written.realized)),
         files: Some(written.files_json()),
         ..Report::of(COMMAND)
     };
     PatchEvaluation::result(evaluation.as_ref(), report, &table, reporter)
+}
+
+/// Opens the model of a job that searches, and resolves how.
+///
+/// # Errors
+/// When the model or a flag is refused.
+pub(super) fn open(args: &PatchArgs, reporter: &Reporter) -> Result<(Model, Search), Failure> {
+    let Some(path) = &args.model else {
+        return Err(no_model());
+    };
+    let evaluates = PatchEvaluation::is_wanted(args);
+    let search = Search::resolve(&args.method, &args.data, evaluates)?;
+    interrupt::listen()?;
+    let usage = of_base(args, evaluates || search.computes());
+    let model = Model::open(path, usage, reporter)?;
+    let search = search.in_space(model.space());
+    Ok((model, search))
+}
+
+fn no_model() -> Failure {
+    Failure::usage("no model is given").hint("see `panacea-patch --help`")
 }
 
 /// What an adapter's base is needed for, beside searches that compute.

@@ -26,6 +26,8 @@ pub(super) struct Reporter {
     quiet: bool,
     /// Whether stderr is a terminal.
     terminal: bool,
+    /// Whether another process says everything.
+    silent: bool,
 }
 
 /// What a command has to tell, as `--json` prints it. What a command has not is absent.
@@ -56,6 +58,9 @@ pub(super) struct Report {
     pub(super) files: Option<Vec<Value>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) evaluation: Option<Value>,
+    /// The processes that shared the search, and what that took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) ranks: Option<Value>,
     /// What only this command tells.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) found: Option<Value>,
@@ -81,6 +86,17 @@ impl Reporter {
             json: run.json,
             quiet: run.quiet,
             terminal: io::stderr().is_terminal(),
+            silent: false,
+        }
+    }
+
+    /// Of a rank that leaves all words to the first.
+    pub(super) fn silent() -> Self {
+        Self {
+            json: false,
+            quiet: true,
+            terminal: false,
+            silent: true,
         }
     }
 
@@ -163,6 +179,9 @@ impl Reporter {
 
     /// Prints a failure, and for machines the report that it ends.
     pub(super) fn failure(&self, command: &'static str, failure: &Failure) {
+        if self.silent {
+            return;
+        }
         print_failure(failure, self.terminal);
         if self.json && !failure.told {
             let report = Report {
@@ -197,6 +216,7 @@ pub(super) fn command_line(error: &clap::Error, words: &[String]) -> Exit {
                 json: words.iter().any(|word| word == "--json"),
                 quiet: false,
                 terminal: io::stderr().is_terminal(),
+                silent: false,
             };
             reporter.failure("", &failure);
             Exit::Usage

@@ -66,6 +66,12 @@ impl TargetTensors {
         self.tensors.iter().map(Vec::as_slice)
     }
 
+    /// The elements of each target, to write to.
+    pub fn iter_mut(&mut self) -> impl ExactSizeIterator<Item = &mut [f32]> {
+        self.content = Content::new();
+        self.tensors.iter_mut().map(Vec::as_mut_slice)
+    }
+
     /// The elements of target number `index`.
     pub fn tensor(&self, index: usize) -> &[f32] {
         &self.tensors[index]
@@ -208,6 +214,8 @@ mod tests {
         y.tensor_mut(0)[0] = 1.0;
         differs(&y);
         y.clear();
+        differs(&y);
+        let _ = y.iter_mut();
         differs(&y);
         y.scale(2.0);
         differs(&y);

@@ -14,6 +14,7 @@ use crate::model::{
     Differentiable, EncodedRow, LossSum, Pack, PackError, Point, Predicted, TargetTensors,
     WeightsError, common_beginning,
 };
+use crate::ranks::{Group, RanksError};
 
 /// Tokens computed together, at most, but for a single row that is longer: enough for matrix products to run at full speed and for
 /// the widening of weights, once for each pack and block, to cost little beside them.
@@ -116,6 +117,9 @@ pub enum OptimizeError {
     /// The model's own weights cannot be computed with.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// Another rank cannot go on.
+    #[error(transparent)]
+    Ranks(#[from] RanksError),
     /// The state to go on from is of another run.
     #[error("the saved state does not hold the tensors of this run")]
     State,
@@ -163,6 +167,27 @@ impl<'r> Batch<'r> {
         self.places.len()
     }
 
+    /// The share of rank number `rank` of `size`: rows that follow each other, none or more. Shares are as even in tokens as whole rows allow.
+    fn share(&self, rank: usize, size: usize, shares_beginnings: bool) -> Self {
+        let rows = self.rows();
+        let shared = match shares_beginnings {
+            true => common_beginning(rows.clone()),
+            false => 0,
+        };
+        let own = |row: &EncodedRow| row.tokens.len() - shared;
+        let total: usize = rows.clone().map(own).sum();
+        let mut before = 0;
+        // A row is of the rank in whose part of all tokens its middle lies.
+        let is_of_rank = |place: &usize| {
+            let length = own(&self.rows[*place]);
+            let middle = before + length / 2;
+            before += length;
+            middle * size / total.max(1) == rank
+        };
+        let places = self.places.iter().copied().filter(is_of_rank).collect();
+        Self::new(self.set, self.rows, places)
+    }
+
     /// The rows in order, cut into as few packs as can be, of about the same size, with what they begin with once in each if `shares`.
     fn packs(&self, shares: bool) -> Vec<Pack> {
         let rows = self.rows();
@@ -192,7 +217,9 @@ impl<'r> Batch<'r> {
             tokens += length;
             members.push(row);
         }
-        packs.push(pack(&members));
+        if !members.is_empty() {
+            packs.push(pack(&members));
+        }
         packs
     }
 }
@@ -210,6 +237,8 @@ pub(crate) struct Engine<'e, 'c> {
     pub(super) step: usize,
     /// Numbers of the targets whose gradients are taken as zero.
     untouched: Vec<usize>,
+    /// Those that the rows of each batch are shared with.
+    group: Group,
 }
 
 impl<'e, 'c> Engine<'e, 'c> {
@@ -222,7 +251,15 @@ impl<'e, 'c> Engine<'e, 'c> {
             observer,
             step: 0,
             untouched: Vec::new(),
+            group: Group::default(),
         }
+    }
+
+    /// The same, one of a group: each rank computes its share of the rows, and what comes out is of all rows on every rank, bit for
+    /// bit, but for references.
+    pub(super) fn among(mut self, group: &Group) -> Self {
+        self.group = group.clone();
+        self
     }
 
     /// From now on, gradients are zero outside of `region`.
@@ -244,7 +281,8 @@ impl<'e, 'c> Engine<'e, 'c> {
         point: Point<'_>,
         batch: &Batch<'_>,
     ) -> Result<f64, OptimizeError> {
-        self.over_packs(batch, |decoder, _, pack| decoder.loss(point, pack))
+        let sum = self.over_packs(batch, |decoder, _, pack| decoder.loss(point, pack))?;
+        Ok(sum.mean())
     }
 
     /// Mean loss, and its gradient in `gradient`, whose old content is dropped. The gradient is finite and not zero.
@@ -268,12 +306,10 @@ impl<'e, 'c> Engine<'e, 'c> {
         gradient: &mut TargetTensors,
     ) -> Result<Gradient, OptimizeError> {
         gradient.clear();
-        let mut count = 0;
-        let loss = self.over_packs(batch, |decoder, _, pack| {
-            count += pack.predictions.len();
+        let sum = self.over_packs(batch, |decoder, _, pack| {
             decoder.capped_loss_and_gradient(point, pack, cap, gradient)
         })?;
-        self.finish(batch, loss, count, gradient)
+        self.finish(batch, sum, gradient)
     }
 
     /// The loss of each row by itself, in the batch's order.
@@ -308,24 +344,23 @@ impl<'e, 'c> Engine<'e, 'c> {
             let losses = predicted.iter().map(|it| LossSum::of_token(it.loss));
             Ok(losses.sum())
         })?;
-        Ok(rows)
+        let own: Vec<u8> = rows.iter().flat_map(|row| row_to_bytes(row)).collect();
+        let place = format!("the rows of {}", self.place(batch));
+        // Shares follow each other as ranks do.
+        let all = self.group.exchange(&place, &own)?.concat();
+        Ok(rows_from_bytes(&all))
     }
 
-    /// What [`Self::divergence`] compares with: hidden states for each pack of the batch.
+    /// What [`Self::divergence`] compares with: hidden states for each pack of this rank's share of the batch.
     pub(super) fn reference(
         &mut self,
         point: Point<'_>,
         batch: &Batch<'_>,
     ) -> Result<Vec<Vec<f32>>, OptimizeError> {
         let mut references = Vec::new();
-        self.over_packs(batch, |decoder, _, pack| {
+        self.over_share(batch, |decoder, _, pack| {
             references.push(decoder.reference(point, pack)?);
             Ok(LossSum::default())
-        })
-        .or_else(|error| match error {
-            // Nothing was summed, so there is no mean.
-            OptimizeError::Loss { .. } => Ok(0.0),
-            other => Err(other),
         })?;
         Ok(references)
     }
@@ -337,9 +372,10 @@ impl<'e, 'c> Engine<'e, 'c> {
         batch: &Batch<'_>,
         reference: &[Vec<f32>],
     ) -> Result<f64, OptimizeError> {
-        self.over_packs(batch, |decoder, index, pack| {
+        let sum = self.over_packs(batch, |decoder, index, pack| {
             decoder.divergence(point, pack, &reference[index])
-        })
+        })?;
+        Ok(sum.mean())
     }
 
     /// Mean KL divergence, and its gradient in `gradient`.
@@ -351,29 +387,28 @@ impl<'e, 'c> Engine<'e, 'c> {
         gradient: &mut TargetTensors,
     ) -> Result<Gradient, OptimizeError> {
         gradient.clear();
-        let mut count = 0;
-        let loss = self.over_packs(batch, |decoder, index, pack| {
-            count += pack.predictions.len();
+        let sum = self.over_packs(batch, |decoder, index, pack| {
             decoder.divergence_and_gradient(point, pack, &reference[index], gradient)
         })?;
-        let found = self.finish(batch, loss, count, gradient)?;
+        let found = self.finish(batch, sum, gradient)?;
         self.with_direction(batch, found)
     }
 
-    /// Turns a gradient of a sum over `count` tokens into the mean's, and checks that it is finite.
+    /// Turns the gradient of this rank's share of `sum` into that of the mean over all ranks, and checks that it is finite.
     fn finish(
         &self,
         batch: &Batch<'_>,
-        loss: f64,
-        count: usize,
+        sum: LossSum,
         gradient: &mut TargetTensors,
     ) -> Result<Gradient, OptimizeError> {
+        self.group.sum(gradient)?;
         for &index in &self.untouched {
             gradient.tensor_mut(index).fill(0.0);
         }
-        gradient.scale(reciprocal(count));
+        gradient.scale(reciprocal(sum.count));
         let norm = gradient.norm();
         if norm.is_finite() {
+            let loss = sum.mean();
             Ok(Gradient { loss, norm })
         } else {
             Err(self.no_direction(batch, norm))
@@ -402,18 +437,43 @@ impl<'e, 'c> Engine<'e, 'c> {
         }
     }
 
-    /// Sums `work` over the batch's packs and returns the mean, which is finite.
+    /// Sums `work` over the packs of all ranks. The mean is finite.
     fn over_packs(
         &mut self,
         batch: &Batch<'_>,
+        work: impl FnMut(&mut (dyn Differentiable + 'c), usize, &Pack) -> Result<LossSum, PackError>,
+    ) -> Result<LossSum, OptimizeError> {
+        let own = self.over_share(batch, work)?;
+        let sum = self.summed(batch, own)?;
+        if sum.mean().is_finite() {
+            Ok(sum)
+        } else {
+            Err(OptimizeError::Loss {
+                set: batch.set,
+                rows: batch.places.clone(),
+                step: self.step,
+                loss: sum.mean(),
+            })
+        }
+    }
+
+    /// Sums `work` over the packs of this rank's share of the batch.
+    fn over_share(
+        &mut self,
+        batch: &Batch<'_>,
         mut work: impl FnMut(&mut (dyn Differentiable + 'c), usize, &Pack) -> Result<LossSum, PackError>,
-    ) -> Result<f64, OptimizeError> {
-        let packs = batch.packs(self.decoder.shares_beginnings());
+    ) -> Result<LossSum, OptimizeError> {
+        let shares_beginnings = self.decoder.shares_beginnings();
+        let (rank, size) = (self.group.rank(), self.group.size());
+        let packs = batch
+            .share(rank, size, shares_beginnings)
+            .packs(shares_beginnings);
         let total = packs.iter().map(|pack| pack.tokens.len()).sum();
         let what = batch.set.to_string();
         let (mut sum, mut done) = (LossSum::default(), 0);
         for (index, pack) in packs.iter().enumerate() {
-            if self.observer.interrupted() {
+            // What the others are asked, the first hears with their sums.
+            if self.group.is_first() && self.observer.interrupted() {
                 return Err(OptimizeError::Interrupted);
             }
             self.observer.progress(&what, done, total);
@@ -421,18 +481,80 @@ impl<'e, 'c> Engine<'e, 'c> {
             done += pack.tokens.len();
         }
         self.observer.progress(&what, total, total);
-        let loss = sum.mean();
-        if loss.is_finite() {
-            Ok(loss)
-        } else {
-            Err(OptimizeError::Loss {
-                set: batch.set,
-                rows: batch.places.clone(),
-                step: self.step,
-                loss,
-            })
-        }
+        Ok(sum)
     }
+
+    /// The sum of what all ranks have, in their order.
+    fn summed(&mut self, batch: &Batch<'_>, own: LossSum) -> Result<LossSum, OptimizeError> {
+        let asked = !self.group.is_first() && self.observer.interrupted();
+        let mut word = to_bytes(own).to_vec();
+        word.push(u8::from(asked));
+        let words = self.group.exchange(&self.place(batch), &word)?;
+        if words.iter().any(|word| word.last() == Some(&1)) {
+            self.observer.stop();
+        }
+        let sums = words.iter().filter_map(|word| word.first_chunk());
+        Ok(sums.map(from_bytes).sum())
+    }
+
+    /// Where the work is, for other ranks to compare.
+    fn place(&self, batch: &Batch<'_>) -> String {
+        format!("{} rows at step {}", batch.set, self.step)
+    }
+}
+
+/// A sum as a rank tells it: the bits of the sum and the count, each 8 bytes, little-endian.
+fn to_bytes(sum: LossSum) -> [u8; 16] {
+    let (count, sum) = (sum.count as u128, u128::from(sum.sum.to_bits()));
+    (count << 64 | sum).to_le_bytes()
+}
+
+fn from_bytes(bytes: &[u8; 16]) -> LossSum {
+    let whole = u128::from_le_bytes(*bytes);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the halves of 16 bytes; a count of tokens in memory fits"
+    )]
+    let (sum, count) = (whole as u64, (whole >> 64) as usize);
+    LossSum {
+        sum: f64::from_bits(sum),
+        count,
+    }
+}
+
+/// What is predicted of a row, as a rank tells it: how many tokens, 8 bytes; then of each the bits of the loss, 8 bytes, and the likeliest
+/// token, 4 bytes; little-endian.
+fn row_to_bytes(row: &[Predicted]) -> Vec<u8> {
+    let mut bytes = (row.len() as u64).to_le_bytes().to_vec();
+    for predicted in row {
+        bytes.extend(predicted.loss.to_bits().to_le_bytes());
+        bytes.extend(predicted.likeliest.to_le_bytes());
+    }
+    bytes
+}
+
+/// The rows that ranks told one after the other.
+fn rows_from_bytes(mut bytes: &[u8]) -> Vec<Vec<Predicted>> {
+    let mut rows = Vec::new();
+    while let Some((count, rest)) = bytes.split_first_chunk() {
+        let mut row = Vec::new();
+        bytes = rest;
+        for _ in 0..u64::from_le_bytes(*count) {
+            let Some((loss, rest)) = bytes.split_first_chunk() else {
+                break;
+            };
+            let Some((likeliest, rest)) = rest.split_first_chunk() else {
+                break;
+            };
+            row.push(Predicted {
+                loss: f64::from_bits(u64::from_le_bytes(*loss)),
+                likeliest: u32::from_le_bytes(*likeliest),
+            });
+            bytes = rest;
+        }
+        rows.push(row);
+    }
+    rows
 }
 
 /// A mean loss with the norm of its gradient.
@@ -467,6 +589,48 @@ mod tests {
         assert_eq!(wrapping(3, 2, 0), [0, 1]);
         assert_eq!(wrapping(3, 2, 1), [2, 0]);
         assert_eq!(wrapping(2, 5, 1), [1, 0, 1, 0, 1]);
+    }
+
+    #[test]
+    fn shares_are_whole_rows_in_order_and_even_in_tokens() {
+        let shares = |lengths: &[usize], size: usize| -> Vec<Vec<usize>> {
+            let row = |&n: &usize| EncodedRow {
+                tokens: vec![1; n],
+                // Predicted from the start, so that nothing is shared.
+                in_loss: vec![true; n],
+            };
+            let rows: Vec<EncodedRow> = lengths.iter().map(row).collect();
+            let batch = Batch::whole(Set::Task, &rows);
+            let share = |rank| batch.share(rank, size, true);
+            (0..size).map(|rank| share(rank).places).collect()
+        };
+        assert_eq!(shares(&[5, 7, 9], 1), [[0, 1, 2]]);
+        assert_eq!(shares(&[10; 4], 2), [[0, 1], [2, 3]]);
+        assert_eq!(shares(&[30, 10, 10, 10], 2), [vec![0], vec![1, 2, 3]]);
+        assert_eq!(shares(&[4, 4], 3), [vec![0], vec![], vec![1]]);
+        let nothing = Batch::new(Set::Task, &[], Vec::new());
+        assert_eq!(nothing.packs(true), []);
+    }
+
+    #[test]
+    fn sums_come_back_from_their_bytes() {
+        for sum in [0.1 + 0.2, -0.0, f64::INFINITY] {
+            let sum = LossSum { sum, count: 7 };
+            assert_eq!(from_bytes(&to_bytes(sum)), sum);
+        }
+    }
+
+    #[test]
+    fn rows_come_back_as_they_were_told() {
+        let predicted = |loss, likeliest| Predicted { loss, likeliest };
+        let rows = [
+            vec![predicted(0.1 + 0.2, 7), predicted(f64::INFINITY, u32::MAX)],
+            Vec::new(),
+            vec![predicted(1e-300, 0)],
+        ];
+        let told: Vec<u8> = rows.iter().flat_map(|row| row_to_bytes(row)).collect();
+        assert_eq!(rows_from_bytes(&told), rows);
+        assert_eq!(rows_from_bytes(&[]), [[]; 0]);
     }
 
     #[test]

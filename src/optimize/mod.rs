@@ -37,13 +37,14 @@ pub use random::{Random, gaussian};
 pub use region::Region;
 pub use search::{
     Choice, JudgedSet, MOST_RADII, Place, SearchOutcome, SearchSettings, Space, Trial, TrialPoint,
-    Value, search,
+    Value, search, search_among,
 };
 pub use step::{Phase, StepRecord};
 
 use std::borrow::Cow;
 
 use crate::model::{Differentiable, EncodedRow, TargetTensors};
+use crate::ranks::Group;
 use engine::Engine;
 
 /// The norm that an update of AdamW's is clipped to before it.
@@ -141,8 +142,11 @@ pub trait Observer {
     /// Trial number `number` of a search is done. The search could be taken up again from all trials so far.
     fn trial(&mut self, _number: usize, _trial: &Trial) {}
 
-    /// Whether to stop now; asked before each pack of tokens.
+    /// Whether to stop now; asked before each pack of tokens. Of several ranks the first decides.
     fn interrupted(&self) -> bool;
+
+    /// Another rank was asked to stop. Where the first is to stop for it, its [`Self::interrupted`] says so from now on.
+    fn stop(&mut self) {}
 }
 
 /// An [`Observer`] that does not listen.
@@ -172,8 +176,33 @@ pub fn optimize(
     resumed: Option<State<'_>>,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, OptimizeError> {
+    optimize_among(
+        &Group::default(),
+        decoder,
+        rows,
+        settings,
+        resumed,
+        observer,
+    )
+}
+
+/// The same by the ranks of `group`, each with the same arguments: the rows of a batch are shared among them, and all end with the
+/// same outcome, bit for bit. That is one process's but for the order of sums.
+///
+/// A rank that returns with an error which is not of all has to [leave](Group::leave) the group, or the others wait for it.
+///
+/// # Errors
+/// As [`optimize`], the same on all ranks; [`OptimizeError::Ranks`] where another has left.
+pub fn optimize_among(
+    group: &Group,
+    decoder: &mut dyn Differentiable,
+    rows: &Rows,
+    settings: &Settings,
+    resumed: Option<State<'_>>,
+    observer: &mut dyn Observer,
+) -> Result<Outcome, OptimizeError> {
     decoder.check_targets()?;
-    let mut engine = Engine::new(decoder, observer);
+    let mut engine = Engine::new(decoder, observer).among(group);
     match settings {
         Settings::Adaptive(adaptive) => adaptive::run(&mut engine, rows, adaptive, resumed),
         Settings::Panacea(panacea) => panacea::run(&mut engine, rows, panacea, resumed),

@@ -23,6 +23,7 @@ use super::radius::{self, Budget, Radius, RadiusPoint};
 use super::step::StepRecord;
 use super::{Observer, Outcome, Rows, State};
 use crate::model::{Differentiable, EncodedRow, Point, TargetTensors};
+use crate::ranks::Group;
 
 pub use front::TrialPoint;
 pub use space::{Choice, Space, Value};
@@ -123,6 +124,28 @@ pub fn search(
     resumed: Vec<Trial>,
     observer: &mut dyn Observer,
 ) -> Result<SearchOutcome, OptimizeError> {
+    search_among(
+        &Group::default(),
+        decoder,
+        rows,
+        settings,
+        resumed,
+        observer,
+    )
+}
+
+/// The same by the ranks of `group`, as [`super::optimize_among`].
+///
+/// # Errors
+/// As [`search`], the same on all ranks; [`OptimizeError::Ranks`] where another has left.
+pub fn search_among(
+    group: &Group,
+    decoder: &mut dyn Differentiable,
+    rows: &Rows,
+    settings: &SearchSettings,
+    resumed: Vec<Trial>,
+    observer: &mut dyn Observer,
+) -> Result<SearchOutcome, OptimizeError> {
     decoder.check_targets()?;
     let seed = settings.base.seed;
     let (learned, apart, judged) = divide(rows, seed);
@@ -130,7 +153,7 @@ pub fn search(
     let judge = Judge {
         harm: HeldBack::whole(&deciding[0], &deciding[1]),
         cost: radius::Search::new(
-            &mut Engine::new(decoder, &mut Quiet(observer)),
+            &mut Engine::new(decoder, &mut Quiet(observer)).among(group),
             &apart,
             settings.budget,
         )?,
@@ -150,7 +173,7 @@ pub fn search(
                 drop(last.take());
                 let adaptive = settings.space.apply(&choice, &settings.base);
                 let mut quiet = Quiet(observer);
-                let mut engine = Engine::new(decoder, &mut quiet);
+                let mut engine = Engine::new(decoder, &mut quiet).among(group);
                 let (trial, direction) = match attempt(&mut engine, &learned, &judge, &adaptive) {
                     Ok((direction, points)) => {
                         let steps = direction.steps.len();
@@ -189,7 +212,7 @@ pub fn search(
         .space
         .apply(&trials[chosen.trial].choice, &settings.base);
     let mut quiet = Quiet(observer);
-    let mut engine = Engine::new(decoder, &mut quiet);
+    let mut engine = Engine::new(decoder, &mut quiet).among(group);
     let direction = match last {
         Some((number, direction)) if number == chosen.trial => direction,
         other => {
@@ -475,6 +498,10 @@ impl Observer for Quiet<'_> {
 
     fn interrupted(&self) -> bool {
         self.0.interrupted()
+    }
+
+    fn stop(&mut self) {
+        self.0.stop();
     }
 }
 

@@ -143,6 +143,10 @@ impl optimize::Observer for StepWatch<'_> {
             && self.step_began.elapsed() < 2 * self.longest_step;
         interrupt::asked() && !finishing
     }
+
+    fn stop(&mut self) {
+        interrupt::ask();
+    }
 }
 
 fn step_line(record: &StepRecord, took: Duration) -> String {
