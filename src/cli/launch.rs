@@ -121,10 +121,13 @@ impl Launch {
                 1 => "one machine".to_owned(),
                 machines => format!("{machines} machines"),
             };
+            let threads = match rayon::current_num_threads() {
+                1 => "one thread".to_owned(),
+                threads => format!("{threads} threads"),
+            };
+            let size = self.group.size();
             reporter.stage(format!(
-                "{} ranks on {machines}, this one with {} threads",
-                self.group.size(),
-                rayon::current_num_threads()
+                "{size} ranks on {machines}, this one with {threads}"
             ));
         }
     }
