@@ -38,7 +38,9 @@ pub fn footprint(
     let precision = devices[last].precision().bytes();
     bytes[last] += precision * host.weights.head.elements();
     // Logits, what softmax makes of them, their gradient and one more on the way; a divergence has those of its reference as well.
-    let head = 6 * LOGITS_BYTES + TILE_BYTES;
+    let vocab = host.weights.head.shape[0];
+    let logits = LOGITS_BYTES.min(4 * vocab * tokens);
+    let head = 6 * logits + TILE_BYTES.min(4 * host.weights.head.elements());
     largest[last] = largest[last].max(head);
     let of_devices = bytes.into_iter().zip(largest);
     of_devices.map(|(a, b)| (a + b) as u64).collect()

@@ -166,7 +166,7 @@ impl<'c> DeviceDecoder<'c> {
         for index in 0..self.blocks.len() {
             let layer = self.layer(index, context, point);
             let failed = |error| layer.device.failed(&error);
-            x = x.to_device(&layer.device.handle).map_err(failed)?;
+            x = layer.device.take(&x).map_err(failed)?;
             let (out, of_block) = layer.forward(&x).map_err(failed)?;
             if pass == Pass::ForwardAndBackward {
                 inputs.push(x);
@@ -176,7 +176,7 @@ impl<'c> DeviceDecoder<'c> {
             x = out;
         }
         let head = &self.head.device;
-        let out = x.to_device(&head.handle);
+        let out = head.take(&x);
         Ok(Forward {
             inputs,
             kept,
@@ -211,7 +211,7 @@ impl<'c> DeviceDecoder<'c> {
                 Some(kept) => kept,
                 None => layer.forward(&x).map_err(failed)?.1,
             };
-            let d_out = d_out.to_device(&layer.device.handle).map_err(failed)?;
+            let d_out = layer.device.take(&d_out).map_err(failed)?;
             let below = match index == lowest {
                 true => Below::Nothing,
                 false => Below::Targets,

@@ -135,6 +135,18 @@ impl Device {
         Tensor::from_slice(values, shape, &self.handle)
     }
 
+    /// `x` on this device. From another one it goes through the host, which needs no access between them; activations are few bytes beside
+    /// what a block reads.
+    pub(super) fn take(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        match x.device().same_device(&self.handle) {
+            true => Ok(x.clone()),
+            false => {
+                let here = x.to_device(&candle_core::Device::Cpu)?;
+                here.to_device(&self.handle)
+            }
+        }
+    }
+
     /// What an operation on this device met.
     pub(super) fn failed(&self, error: &candle_core::Error) -> DeviceError {
         DeviceError::of(self.name, error)
