@@ -9,6 +9,7 @@ use panacea_patch::manifest::{Dependency, Role};
 use serde_json::{Value, json};
 
 use super::args::{ApplyArgs, RoundingName};
+use super::device::CPU;
 use super::error::Failure;
 use super::evaluation::{PatchEvaluation, PatchFindings, add_written};
 use super::interrupt;
@@ -104,6 +105,7 @@ pub(super) fn from_file(
             digest: *digest.wait(),
         });
         Ok(Origin {
+            device: CPU.to_owned(),
             parameters: settings::addition_parameters(settings, model),
             dependencies,
             byproducts,

@@ -22,7 +22,7 @@ use super::memory::MemorySize;
 
 pub(crate) use evaluation::{EvalArgs, JudgingArgs, PatchEvalArgs, TellingArgs};
 pub(crate) use values::{
-    CurveName, Device, FinalEpsName, MethodName, PartName, RhoArg, RoundingName,
+    CurveName, DeviceArg, FinalEpsName, MethodName, PartName, RhoArg, RoundingName,
 };
 use values::{
     at_least_one, device, energy_share, explained, not_negative, patchable_type, positive, rank,
@@ -579,9 +579,10 @@ pub(crate) struct WorkArgs {
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Run")]
 pub(crate) struct RunArgs {
-    /// What computes: `auto` or `cpu`.
+    /// What computes the search for a perturbation: `auto`, `cpu`, `cuda:N` or several with commas between, or `metal`
+    /// [default: auto, a GPU where this build can use one].
     #[arg(long, value_name = "DEVICE", value_parser = device)]
-    pub(crate) device: Option<Device>,
+    pub(crate) device: Option<DeviceArg>,
 
     /// Threads to compute with [default: one per core, of several ranks their share]. The output does not depend on it.
     #[arg(long, value_name = "N", value_parser = at_least_one)]
@@ -619,7 +620,7 @@ Exit codes:
   1    a check said no: verification failed, or no radius keeps to the budget
   2    the command line was not understood
   3    an input was refused
-  4    the machine did not do its part: disk, permission, memory
+  4    the machine did not do its part: disk, permission, memory, device
   130  interrupted";
 
 #[cfg(test)]
@@ -654,7 +655,7 @@ mod tests {
             ["--threads", "0"],
             ["--max-length", "1"],
             ["--kl-budget", "0"],
-            ["--device", "cuda:0"],
+            ["--device", "cuda:one"],
             ["--targets", "("],
             ["--template", "jinja"],
             ["--harmful", "#a=b"],

@@ -25,6 +25,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::args::ConvertArgs;
+use super::device::CPU;
 use super::error::{Exit, Failure};
 use super::find::required_side_file;
 use super::inspect::is_perturbation;
@@ -452,7 +453,7 @@ impl Job<'_, '_> {
         }
         Provenance {
             external_parameters: parameters,
-            internal_parameters: object(json!({"device": "cpu"})),
+            internal_parameters: object(json!({"device": CPU})),
             dependencies,
             finished_on: seal.finished_on(),
             ..Provenance::default()

@@ -19,7 +19,8 @@ use panacea_patch::data::{DataError, DataErrorKind, EncodeError, RowProblem};
 use panacea_patch::manifest::{
     FileNameError, KeyError, SignError, StatementError, TreeError, VerifyError,
 };
-use panacea_patch::model::{ConfigError, WeightsError};
+use panacea_patch::model::device::{DeviceError, DeviceErrorKind};
+use panacea_patch::model::{ConfigError, PackError, WeightsError};
 use panacea_patch::optimize::{OptimizeError, Set};
 use panacea_patch::resume::ResumeError;
 use serde_json::Value;
@@ -35,7 +36,7 @@ pub(crate) enum Exit {
     Usage = 2,
     /// An input was refused.
     Refused = 3,
-    /// The machine did not do its part: disk, permission, memory.
+    /// The machine did not do its part: disk, permission, memory, device.
     Environment = 4,
     /// Stopped from outside, as shells report it.
     Interrupted = 130,
@@ -469,6 +470,30 @@ impl From<WeightsError> for Failure {
     }
 }
 
+impl From<DeviceError> for Failure {
+    fn from(error: DeviceError) -> Self {
+        let device = error.device;
+        let failure = |why: String| {
+            Self::new(Exit::Environment, format!("cannot compute on {device}")).because(why)
+        };
+        match error.kind {
+            DeviceErrorKind::NotBuilt => failure("this program was built without it".to_owned())
+                .hint("pass --device cpu, or build with the feature `cuda` or `metal`, as docs/gpu.md tells"),
+            DeviceErrorKind::OutOfMemory { reason } => {
+                failure(format!("its memory is not enough: {reason}")).hint(
+                    "divide the model among several devices, such as --device cuda:0,cuda:1; or pass a smaller --max-length, \
+                     fewer --targets, or --device cpu",
+                )
+            }
+            DeviceErrorKind::Unusable { reason } => {
+                failure(reason).hint("pass --device cpu, or the name of another device")
+            }
+            DeviceErrorKind::Failed { reason } => failure(reason).hint("pass --device cpu"),
+            _ => failure(error.kind.to_string()),
+        }
+    }
+}
+
 impl From<OptimizeError> for Failure {
     fn from(error: OptimizeError) -> Self {
         let what = "no perturbation was found";
@@ -476,6 +501,7 @@ impl From<OptimizeError> for Failure {
             OptimizeError::Interrupted => Self::interrupted(),
             OptimizeError::Weights(error) => error.into(),
             OptimizeError::Ranks(error) => error.into(),
+            OptimizeError::Pack(PackError::Device(error)) => error.into(),
             OptimizeError::Budget { .. } => Self::doing(Exit::SaidNo, what, &error)
                 .hint("raise --kl-budget or --task-budget, or set --rho to a number"),
             OptimizeError::NoTrial { .. } => Self::doing(Exit::SaidNo, what, &error)

@@ -11,7 +11,10 @@ use panacea_formats::{
 };
 use panacea_patch::data::{Encoder, Sets, Text, TokenizerFiles};
 use panacea_patch::manifest::{Dependency, Role};
-use panacea_patch::model::{Config, Decoder, EncodedRow, TargetSelection, TargetTensors};
+use panacea_patch::model::device::DeviceDecoder;
+use panacea_patch::model::{
+    Config, Decoder, Differentiable, EncodedRow, InParts, TargetSelection, TargetTensors,
+};
 use panacea_patch::optimize::{
     self, RadiusPoint, Random, Rows, SearchOutcome, SearchSettings, Set, Settings, State,
     StepRecord, Trial, gaussian,
@@ -20,7 +23,8 @@ use panacea_patch::ranks::Cost;
 use panacea_patch::resume::{self, Identity};
 use serde_json::{Map, Value, json};
 
-use super::args::WorkArgs;
+use super::args::{RunArgs, WorkArgs};
+use super::device::{CPU, Computer, refuse_devices};
 use super::error::{Exit, Failure};
 use super::launch::Launch;
 use super::memory::MemoryPlan;
@@ -46,6 +50,7 @@ pub(super) struct Prepared<'c> {
 
 struct Computing<'c> {
     decoder: Decoder<'c>,
+    computer: Computer,
     rows: Rows,
     /// The template, in words.
     template: String,
@@ -58,6 +63,8 @@ pub(super) struct Found {
     /// What picks these targets, as for [`Model::decoder`].
     pub(super) selection: Option<TargetSelection>,
     pub(super) delta: TargetTensors,
+    /// What computed, as on a command line.
+    pub(super) device: String,
     pub(super) record: PerturbationRecord,
     pub(super) steps: Vec<StepRecord>,
     /// Of the last steps, those of this process.
@@ -89,7 +96,7 @@ pub(super) enum Resumed {
 pub(super) fn prepare<'c>(
     model: &'c Model,
     search: &'c Search,
-    work: &WorkArgs,
+    (work, run): (&WorkArgs, &RunArgs),
     launch: &Launch,
     reporter: &Reporter,
 ) -> Result<Prepared<'c>, Failure> {
@@ -101,6 +108,7 @@ pub(super) fn prepare<'c>(
         );
     }
     if !search.computes() {
+        refuse_devices(run.device.as_ref(), "--method random --rho")?;
         return Ok(Prepared {
             targets: targets_of(model, search.selection().as_ref())?,
             computing: None,
@@ -111,6 +119,7 @@ pub(super) fn prepare<'c>(
             search,
         });
     }
+    let computer = Computer::open(run.device.as_ref(), reporter)?;
     let config = model.config()?;
     let sets = Sets::open(&search.paths)?;
     let files = model.tokenizer()?;
@@ -135,6 +144,7 @@ pub(super) fn prepare<'c>(
             .sum(),
         work.recompute,
         (work.memory, launch.neighbours),
+        &computer,
     )?;
     decoder = decoder.with_activations(memory.activations);
     if memory.releases {
@@ -160,6 +170,7 @@ pub(super) fn prepare<'c>(
             .collect::<Result<_, Failure>>()?,
         computing: Some(Computing {
             decoder,
+            computer,
             rows,
             template,
             memory,
@@ -261,6 +272,12 @@ impl Prepared<'_> {
         if let Some(settings) = self.trial_settings() {
             identity.insert("space", settings.space);
         }
+        // Those of the processor have been kept without its name.
+        if let Some(computing) = &self.computing
+            && let Computer::Devices(_) = computing.computer
+        {
+            identity.insert("device", computing.computer.name());
+        }
         for source in &self.data {
             identity.insert(format!("{} rows", source.role), source.sha256);
             identity.insert(format!("number of {} rows", source.role), source.rows);
@@ -307,6 +324,7 @@ impl Prepared<'_> {
             targets: self.targets,
             selection: outcome.selection,
             delta: outcome.delta,
+            device: outcome.device,
             steps: outcome.steps,
             seconds: outcome.seconds,
             radii: outcome.radii,
@@ -341,6 +359,7 @@ impl Prepared<'_> {
         let trial_settings = self.trial_settings();
         let mut parameters = self.search.parameters();
         let mut selection = self.search.selection();
+        let mut device = CPU.to_owned();
         let outcome = match self.computing.take() {
             None => {
                 let Settings::Random(Random { rho, seed }) = &self.search.settings else {
@@ -365,7 +384,7 @@ impl Prepared<'_> {
                     ..Outcome::default()
                 }
             }
-            Some(mut computing) => {
+            Some(computing) => {
                 reporter.stage(format!(
                     "optimizing {} targets of {} elements by method {}, with {}",
                     self.targets.len(),
@@ -378,9 +397,19 @@ impl Prepared<'_> {
                     self.search.method(),
                     computing.template,
                 ));
+                device = computing.computer.name();
+                let (rows, mut model) = (
+                    computing.rows,
+                    Running::start(
+                        computing.decoder,
+                        computing.computer,
+                        &computing.memory,
+                        reporter,
+                    )?,
+                );
                 let mut watch = StepWatch::new(reporter, saver);
-                let Computing { decoder, rows, .. } = &mut computing;
-                match trial_settings {
+                let decoder = model.differentiable();
+                let outcome = match trial_settings {
                     Some(settings) => {
                         let trials = match resumed {
                             Some(Resumed::Trials(trials)) => trials,
@@ -393,7 +422,7 @@ impl Prepared<'_> {
                         ));
                         watch.go_on_after(&trials, settings.budget);
                         let found = optimize::search_among(
-                            group, decoder, rows, &settings, trials, &mut watch,
+                            group, decoder, &rows, &settings, trials, &mut watch,
                         );
                         watch.finish();
                         let found = found?;
@@ -410,7 +439,7 @@ impl Prepared<'_> {
                         let state = resume::share(group, state)?;
                         let settings = &self.search.settings;
                         let outcome = optimize::optimize_among(
-                            group, decoder, rows, settings, state, &mut watch,
+                            group, decoder, &rows, settings, state, &mut watch,
                         );
                         watch.finish();
                         let outcome = outcome?;
@@ -423,18 +452,21 @@ impl Prepared<'_> {
                             ..Outcome::default()
                         }
                     }
-                }
+                };
+                model.tell_of_parts(reporter);
+                outcome
             }
         };
         Ok(Outcome {
             parameters,
             selection,
+            device,
             ..outcome
         })
     }
 
     /// What a search found, without the targets that it left as they are.
-    fn keep_touched(&mut self, decoder: &Decoder<'_>, mut found: SearchOutcome) -> Outcome {
+    fn keep_touched(&mut self, decoder: &dyn Differentiable, mut found: SearchOutcome) -> Outcome {
         let touches = &found.settings.touches;
         let touched: Vec<bool> = decoder
             .targets()
@@ -456,8 +488,56 @@ impl Prepared<'_> {
     }
 }
 
+/// What computes, with the weights where it wants them.
+#[derive(Debug)]
+enum Running<'c> {
+    Cpu(Box<Decoder<'c>>),
+    Devices(Box<InParts<DeviceDecoder<'c>>>),
+}
+
+impl<'c> Running<'c> {
+    fn start(
+        decoder: Decoder<'c>,
+        computer: Computer,
+        memory: &MemoryPlan,
+        reporter: &Reporter,
+    ) -> Result<Self, Failure> {
+        let name = computer.name();
+        match computer {
+            Computer::Cpu => Ok(Self::Cpu(Box::new(decoder))),
+            Computer::Devices(devices) => {
+                reporter.stage(format!("copying the weights to {name}"));
+                let decoder = DeviceDecoder::upload(decoder, devices, memory.activations)?;
+                Ok(Self::Devices(Box::new(InParts::new(decoder))))
+            }
+        }
+    }
+
+    fn differentiable(&mut self) -> &mut dyn Differentiable {
+        match self {
+            Self::Cpu(decoder) => &mut **decoder,
+            Self::Devices(decoder) => &mut **decoder,
+        }
+    }
+
+    /// Says what was done because memory was not enough.
+    fn tell_of_parts(&self, reporter: &Reporter) {
+        let Self::Devices(decoder) = self else {
+            return;
+        };
+        if decoder.saves_memory() {
+            reporter.note("the device's memory was not enough: activations were computed again");
+        }
+        if let Some(limit) = decoder.limit() {
+            reporter.note(format!(
+                "the device's memory was not enough: rows were computed about {limit} tokens at a time"
+            ));
+        }
+    }
+}
+
 /// Exactly the modules that the chosen trial touches, by their whole paths.
-fn touched_modules(decoder: &Decoder<'_>, found: &SearchOutcome) -> Option<TargetSelection> {
+fn touched_modules(decoder: &dyn Differentiable, found: &SearchOutcome) -> Option<TargetSelection> {
     let mut paths: Vec<&str> = decoder
         .targets()
         .iter()
@@ -489,6 +569,8 @@ struct Outcome {
     /// What picks the targets that are left.
     selection: Option<TargetSelection>,
     delta: TargetTensors,
+    /// What computed, as on a command line.
+    device: String,
     steps: Vec<StepRecord>,
     seconds: Vec<f64>,
     radii: Vec<RadiusPoint>,

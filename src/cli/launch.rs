@@ -203,12 +203,14 @@ impl Launch {
         };
         let model = Model::open(&args.model, usage, reporter)?;
         let search = search.in_space(model.space());
-        find::prepare(&model, &search, &args.work, self, reporter)?.follow(self, reporter)
+        let (work, run) = (&args.work, &args.run);
+        find::prepare(&model, &search, (work, run), self, reporter)?.follow(self, reporter)
     }
 
     fn follow_patch(&self, args: &PatchArgs, reporter: &Reporter) -> Result<(), Failure> {
         let (model, search) = patch::open(args, reporter)?;
-        find::prepare(&model, &search, &args.work, self, reporter)?.follow(self, reporter)
+        let (work, run) = (&args.work, &args.run);
+        find::prepare(&model, &search, (work, run), self, reporter)?.follow(self, reporter)
     }
 }
 

@@ -2,16 +2,19 @@
 //!
 //! In: what is computed, and a budget: `--memory`, or what the machine has free. Out: a [`MemoryPlan`]: whether activations are kept or
 //! computed again, whether the pages of weights are given back after each block, and what that adds up to. Neither choice
-//! changes a bit of the result.
+//! changes a bit of the result. On devices it is their memory that decides whether activations are kept; what is foreseen too low is met
+//! while computing ([`panacea_patch::model::InParts`]).
 
 use std::str::FromStr;
 
+use panacea_patch::model::device::{DeviceName, footprint};
 use panacea_patch::model::{
     Activations, Decoder, Differentiable, EncodedRow, LOGITS_BYTES, TILE_BYTES,
 };
 use panacea_patch::optimize::{FinalEps, PACK_TOKENS, Panacea, Radius, Rows, Settings};
 use thiserror::Error;
 
+use super::device::Computer;
 use super::error::{Exit, Failure};
 use super::report::bytes;
 
@@ -23,6 +26,18 @@ pub(super) struct MemoryPlan {
     pub(super) releases: bool,
     /// What is held, and how many bytes of it.
     pub(super) parts: Vec<(&'static str, u64)>,
+    /// What the devices hold.
+    pub(super) devices: Vec<DeviceMemory>,
+}
+
+/// What a device will hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DeviceMemory {
+    pub(super) name: DeviceName,
+    /// Bytes, at most.
+    pub(super) needed: u64,
+    /// Bytes, where it tells.
+    pub(super) free: Option<u64>,
 }
 
 /// An amount of memory: a number of bytes, or of `K`, `M`, `G` or `T`, each 1024 times the one before, with or without `B` or `iB`.
@@ -48,15 +63,31 @@ impl MemoryPlan {
         weights: u64,
         recompute: bool,
         (given, sharers): (Option<MemorySize>, usize),
+        computer: &Computer,
     ) -> Result<Self, Failure> {
         let plan = |activations, releases| {
-            Self::of(decoder, rows, settings, weights, activations, releases)
+            let plan = Self::of(decoder, rows, settings, weights, activations, releases);
+            match computer {
+                Computer::Cpu => plan,
+                Computer::Devices(devices) => {
+                    let tokens = largest_pack(decoder, rows, settings);
+                    let needed = footprint(decoder, devices, activations, tokens);
+                    let of_devices = devices.iter().zip(needed).map(|(device, needed)| {
+                        let (name, free) = (device.name(), device.free_memory());
+                        DeviceMemory { name, needed, free }
+                    });
+                    plan.beside(decoder, of_devices.collect())
+                }
+            }
         };
         let first = match recompute {
             true => Activations::Recompute,
             false => Activations::Keep,
         };
-        let mut way = plan(first, false);
+        let mut way = plan(first, matches!(computer, Computer::Devices(_)));
+        if way.devices.iter().any(DeviceMemory::is_short) {
+            way = plan(Activations::Recompute, true);
+        }
         let Some(budget) = given.map(|size| size.0).or_else(|| {
             let free = free_memory()?;
             Some(free / sharers as u64)
@@ -85,6 +116,29 @@ impl MemoryPlan {
     /// All parts together.
     pub(super) fn total(&self) -> u64 {
         self.parts.iter().map(|(_, length)| length).sum()
+    }
+
+    /// What is left of it here when `devices` compute: no activations, but matrices and gradients on their way.
+    fn beside(self, decoder: &Decoder<'_>, devices: Vec<DeviceMemory>) -> Self {
+        let gradients = 4 * decoder.target_sizes().iter().sum::<usize>() as u64;
+        let Self { parts, .. } = &self;
+        let [mapped, copies, .., program] = parts[..] else {
+            return self;
+        };
+        Self {
+            parts: vec![
+                mapped,
+                copies,
+                ("gradients on their way", gradients),
+                (
+                    "matrices on their way",
+                    3 * decoder.block_bytes().max(decoder.head_bytes()) as u64,
+                ),
+                program,
+            ],
+            devices,
+            ..self
+        }
     }
 
     fn of(
@@ -118,6 +172,7 @@ impl MemoryPlan {
         Self {
             activations,
             releases,
+            devices: Vec::new(),
             parts: vec![
                 mapped,
                 copies,
@@ -133,6 +188,13 @@ impl MemoryPlan {
                 ("the program, tokenizer and rows", PROGRAM_BYTES),
             ],
         }
+    }
+}
+
+impl DeviceMemory {
+    /// Whether more is needed than is free.
+    pub(super) fn is_short(&self) -> bool {
+        self.free.is_some_and(|free| self.needed > free)
     }
 }
 

@@ -8,6 +8,7 @@ mod apply;
 mod args;
 mod base;
 mod convert;
+mod device;
 mod error;
 mod eval;
 mod evaluation;
@@ -61,34 +62,21 @@ pub(crate) fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli, launch: Result<Launch, Failure>) -> Exit {
-    let none = RunArgs::default();
-    let (name, run_args) = match &cli.command {
-        None => ("patch", &cli.patch.run),
-        Some(Command::Optimize(args)) => ("optimize", &args.run),
-        Some(Command::Apply(args)) => ("apply", &args.run),
-        Some(Command::Convert(args)) => ("convert", &args.run),
-        Some(Command::Eval(args)) => ("eval", &args.run),
-        Some(Command::Verify(args)) => ("verify", &args.run),
-        Some(Command::Inspect(args)) => ("inspect", &args.run),
-        Some(Command::Keygen(args)) => ("keygen", &args.run),
-        Some(Command::Sign(args)) => ("sign", &args.run),
-        Some(Command::Completions { .. }) => ("completions", &none),
-        Some(Command::Man { .. }) => ("man", &none),
-    };
+    let (name, run_args) = command(cli);
     let launch = match launch {
         Ok(launch) => launch,
         Err(failure) => {
-            Reporter::new(run_args).failure(name, &failure);
+            Reporter::new(&run_args).failure(name, &failure);
             return failure.exit;
         }
     };
     let reporter = match launch.is_first() {
-        true => Reporter::new(run_args),
+        true => Reporter::new(&run_args),
         false => Reporter::silent(),
     };
     let result = launch
         .require_search(cli, name)
-        .and_then(|()| start_threads(run_args, &launch))
+        .and_then(|()| start_threads(&run_args, &launch))
         .and_then(|()| match launch.is_first() {
             true => dispatch(cli, &launch, &reporter),
             false => launch.follow(cli, &reporter),
@@ -102,6 +90,24 @@ fn run(cli: &Cli, launch: Result<Launch, Failure>) -> Exit {
     let of_another = launch.leave(&result);
     exit.or_else(|| of_another.as_ref().map(told))
         .unwrap_or(Exit::Done)
+}
+
+/// The subcommand's name, and what every command knows.
+fn command(cli: &Cli) -> (&'static str, RunArgs) {
+    let (name, run_args) = match &cli.command {
+        None => ("patch", &cli.patch.run),
+        Some(Command::Optimize(args)) => ("optimize", &args.run),
+        Some(Command::Apply(args)) => ("apply", &args.run),
+        Some(Command::Convert(args)) => ("convert", &args.run),
+        Some(Command::Eval(args)) => ("eval", &args.run),
+        Some(Command::Verify(args)) => ("verify", &args.run),
+        Some(Command::Inspect(args)) => ("inspect", &args.run),
+        Some(Command::Keygen(args)) => ("keygen", &args.run),
+        Some(Command::Sign(args)) => ("sign", &args.run),
+        Some(Command::Completions { .. }) => return ("completions", RunArgs::default()),
+        Some(Command::Man { .. }) => return ("man", RunArgs::default()),
+    };
+    (name, run_args.clone())
 }
 
 fn start_threads(run_args: &RunArgs, launch: &Launch) -> Result<(), Failure> {
@@ -119,6 +125,10 @@ fn start_threads(run_args: &RunArgs, launch: &Launch) -> Result<(), Failure> {
 }
 
 fn dispatch(cli: &Cli, launch: &Launch, reporter: &Reporter) -> Result<(), Failure> {
+    let (name, run_args) = command(cli);
+    if !matches!(&cli.command, None | Some(Command::Optimize(_))) {
+        device::refuse_devices(run_args.device.as_ref(), name)?;
+    }
     match &cli.command {
         None => patch::run(&cli.patch, launch, reporter),
         Some(Command::Optimize(args)) => optimize::run(args, launch, reporter),

@@ -57,7 +57,8 @@ pub(super) fn run(
         .filter(|path| path.exists())
         .collect();
     OutputFile::check(&target, overwrite, &inputs, 0)?;
-    let prepared = find::prepare(&model, &search, &args.work, launch, reporter)?;
+    let (work, run) = (&args.work, &args.run);
+    let prepared = find::prepare(&model, &search, (work, run), launch, reporter)?;
     let size = form.bytes(prepared.targets()) + header_room(prepared.targets());
     OutputFile::check(&target, overwrite, &inputs, size)?;
     let adapter = match &args.form.peft {

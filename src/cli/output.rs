@@ -50,6 +50,8 @@ pub(super) struct Written {
 /// How a patched checkpoint came about.
 #[derive(Debug, Default)]
 pub(super) struct Origin {
+    /// What computed, as on a command line.
+    pub(super) device: String,
     /// The options that change bytes.
     pub(super) parameters: Map<String, Value>,
     /// Inputs. Files of weights that are copied and not among them are added when they have been read.
@@ -376,7 +378,7 @@ impl Origin {
         byproducts.push(byproduct("realized-change", json!(applied.realized.total)));
         Ok(Provenance {
             external_parameters: self.parameters,
-            internal_parameters: internal_parameters(self.ranks),
+            internal_parameters: internal_parameters(&self.device, self.ranks),
             dependencies,
             byproducts,
             finished_on,
@@ -472,8 +474,8 @@ pub(super) fn byproduct(name: &str, measured: Value) -> Byproduct {
 }
 
 /// What a manifest says of how the work was done: several ranks sum in another order than one process.
-fn internal_parameters(ranks: usize) -> Map<String, Value> {
-    let mut parameters = object(json!({"device": "cpu"}));
+fn internal_parameters(device: &str, ranks: usize) -> Map<String, Value> {
+    let mut parameters = object(json!({"device": device}));
     if ranks > 1 {
         parameters.insert("ranks".to_owned(), json!(ranks));
     }

@@ -67,7 +67,8 @@ pub(super) fn run(args: &PatchArgs, launch: &Launch, reporter: &Reporter) -> Res
     )?;
     let places = output.places(model.copied());
     let mut evaluation = evaluation.map(|it| it.telling(args, places)).transpose()?;
-    let prepared = find::prepare(&model, &search, &args.work, launch, reporter)?;
+    let (work, run) = (&args.work, &args.run);
+    let prepared = find::prepare(&model, &search, (work, run), launch, reporter)?;
     if args.writing.dry_run {
         return Plan::of_job(&model, &search, &prepared, &output)?.print(COMMAND, reporter);
     }
@@ -109,6 +110,7 @@ pub(super) fn run(args: &PatchArgs, launch: &Launch, reporter: &Reporter) -> Res
             byproducts.push(scores);
         }
         Ok(Origin {
+            device: found.device.clone(),
             parameters,
             dependencies,
             byproducts,

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::error::Failure;
 use super::find::Prepared;
 use super::form::FormChoice;
+use super::memory::DeviceMemory;
 use super::model::Model;
 use super::output::Output;
 use super::report::{Report, Reporter, Table, bytes, number};
@@ -34,6 +35,8 @@ pub(super) struct Plan {
     written: &'static str,
     /// What is held in memory: a name and its length.
     memory: Vec<(&'static str, u64)>,
+    /// What devices hold.
+    devices: Vec<DeviceMemory>,
     /// Floating-point operations, at most.
     operations: f64,
     targets: Option<(usize, usize)>,
@@ -76,6 +79,7 @@ impl Plan {
                 _ => "about",
             },
             memory: Vec::new(),
+            devices: Vec::new(),
             operations: 0.0,
             targets: None,
             trials: None,
@@ -106,6 +110,7 @@ impl Plan {
             None => plan.memory.push(("1 copy of the targets in f32", one)),
             Some((decoder, rows, memory)) => {
                 plan.memory.extend_from_slice(&memory.parts);
+                plan.devices.clone_from(&memory.devices);
                 plan.operations = operations(model.whole(), search, decoder, elements, rows);
             }
         }
@@ -166,6 +171,7 @@ impl Plan {
             written_bytes,
             written: "",
             memory: vec![("rows on their way", CONVERSION_BYTES)],
+            devices: Vec::new(),
             operations: 0.0,
             targets: None,
             trials: None,
@@ -216,6 +222,7 @@ impl Plan {
                 "chunks being patched",
                 8 * panacea_formats::CHUNK_BYTES as u64,
             )],
+            devices: Vec::new(),
             operations: 0.0,
             targets: None,
             trials: None,
@@ -246,6 +253,18 @@ impl Plan {
         table.row("memory", format!("about {}", bytes(memory)));
         for (name, length) in &self.memory {
             table.row("", sized(name, *length));
+        }
+        for device in &self.devices {
+            let needed = bytes(device.needed);
+            let is = match device.free {
+                None => format!("about {needed}"),
+                Some(free) => format!("about {needed} of {} that are free", bytes(free)),
+            };
+            let short = match device.is_short() {
+                true => "; where it is not enough, rows are computed in smaller parts",
+                false => "",
+            };
+            table.row(device.name.to_string(), format!("{is}{short}"));
         }
         if let Some(trials) = self.trials {
             table.row(
@@ -281,7 +300,10 @@ impl Plan {
             .iter()
             .map(|(name, bytes)| ((*name).to_owned(), *bytes))
             .collect();
+        let of_device = |it: &DeviceMemory| json!({"name": it.name.to_string(), "bytes": it.needed, "free_bytes": it.free});
+        let devices: Vec<Value> = self.devices.iter().map(of_device).collect();
         json!({
+            "devices": devices,
             "reads": named(&self.reads),
             "writes": self.writes,
             "written_bytes": self.written_bytes,

@@ -16,8 +16,8 @@ use panacea_patch::optimize::{
 use serde_json::{Map, Value, json};
 
 use super::args::{
-    AdditionArgs, DataArgs, FinalEpsName, GgufArgs, MethodArgs, MethodName, PartName, PatchArgs,
-    RhoArg, RoundingName,
+    AdditionArgs, DataArgs, DeviceArg, FinalEpsName, GgufArgs, MethodArgs, MethodName, PartName,
+    PatchArgs, RhoArg, RoundingName,
 };
 use super::error::Failure;
 use super::model::Model;
@@ -362,6 +362,10 @@ pub(super) fn refuse_search_flags(args: &PatchArgs, evaluates: bool) -> Result<(
         ("--kl-budget", method.kl_budget.is_some()),
         ("--task-budget", method.task_budget.is_some()),
         ("--seed", method.seed.is_some() && !stochastic),
+        (
+            "--device",
+            matches!(args.run.device, Some(DeviceArg::Devices(_))),
+        ),
         ("--recompute", work.recompute),
         ("--memory", work.memory.is_some()),
         ("--resume", work.resume),

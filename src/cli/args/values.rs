@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use panacea_formats::Dtype;
 use panacea_patch::apply::Strength;
 use panacea_patch::compact::EnergyShare;
+use panacea_patch::model::device::{DeviceName, DeviceNameError};
 
 use crate::cli::error::chain;
 
@@ -69,17 +70,28 @@ pub(crate) enum CurveName {
     P384,
 }
 
-/// `--device`: this build has one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Device {
+/// `--device`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceArg {
+    /// A GPU where this build can use one, else the processor.
+    Auto,
     /// The processor.
     Cpu,
+    /// These, with the model's blocks divided among them.
+    Devices(Vec<DeviceName>),
 }
 
-pub(super) fn device(text: &str) -> Result<Device, String> {
+pub(super) fn device(text: &str) -> Result<DeviceArg, String> {
     match text {
-        "auto" | "cpu" => Ok(Device::Cpu),
-        _ => Err("this build computes on the cpu; use `auto` or `cpu`".to_owned()),
+        "auto" => Ok(DeviceArg::Auto),
+        "cpu" => Ok(DeviceArg::Cpu),
+        _ => {
+            let names = text.split(',').map(str::parse).collect::<Result<_, _>>();
+            names.map(DeviceArg::Devices).map_err(|_: DeviceNameError| {
+                "`auto`, `cpu`, `cuda:0`, several such as `cuda:0,cuda:1`, or `metal` belongs here"
+                    .to_owned()
+            })
+        }
     }
 }
 

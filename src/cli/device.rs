@@ -1,0 +1,76 @@
+//! What computes a search: `--device`, resolved.
+//!
+//! In: the flag. Out: a [`Computer`]: this processor, or devices that are open. `auto` is a GPU where this build can use one. Only the
+//! search for a perturbation is computed on devices: answers, judges and everything about files are the processor's.
+
+use panacea_patch::model::device::{Device, DeviceErrorKind, DeviceName};
+
+use super::args::DeviceArg;
+use super::error::Failure;
+use super::report::Reporter;
+
+/// What computes.
+#[derive(Debug)]
+pub(super) enum Computer {
+    /// This processor.
+    Cpu,
+    /// These, of which there is at least one.
+    Devices(Vec<Device>),
+}
+
+impl Computer {
+    /// Opens what was asked for; by itself, the first GPU that can be used.
+    ///
+    /// # Errors
+    /// When a device that was named cannot be used.
+    pub(super) fn open(given: Option<&DeviceArg>, reporter: &Reporter) -> Result<Self, Failure> {
+        match given {
+            Some(DeviceArg::Cpu) => Ok(Self::Cpu),
+            Some(DeviceArg::Devices(names)) => {
+                let devices = names.iter().map(|&name| Device::open(name));
+                Ok(Self::Devices(devices.collect::<Result<_, _>>()?))
+            }
+            Some(DeviceArg::Auto) | None => {
+                for name in [DeviceName::Cuda(0), DeviceName::Metal] {
+                    match Device::open(name) {
+                        Ok(device) => return Ok(Self::Devices(vec![device])),
+                        Err(error) if error.kind == DeviceErrorKind::NotBuilt => {}
+                        Err(error) => reporter.note(format!("computing on the processor: {error}")),
+                    }
+                }
+                Ok(Self::Cpu)
+            }
+        }
+    }
+
+    /// What it is called, as on a command line.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Cpu => CPU.to_owned(),
+            Self::Devices(devices) => {
+                let names = devices.iter().map(|device| device.name().to_string());
+                names.collect::<Vec<_>>().join(",")
+            }
+        }
+    }
+}
+
+/// Refuses devices where `what` leaves them nothing to do.
+///
+/// # Errors
+/// A usage error, when some are named.
+pub(super) fn refuse_devices(given: Option<&DeviceArg>, what: &str) -> Result<(), Failure> {
+    let Some(DeviceArg::Devices(names)) = given else {
+        return Ok(());
+    };
+    let names: Vec<String> = names.iter().map(DeviceName::to_string).collect();
+    Err(Failure::usage(format!(
+        "`--device {}` has no effect with `{what}`",
+        names.join(",")
+    ))
+    .because("only the search for a perturbation is computed on a device")
+    .hint("leave out `--device`"))
+}
+
+/// What the processor is called.
+pub(super) const CPU: &str = "cpu";
