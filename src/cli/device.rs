@@ -24,6 +24,21 @@ impl Computer {
     /// # Errors
     /// When a device that was named cannot be used.
     pub(super) fn open(given: Option<&DeviceArg>, reporter: &Reporter) -> Result<Self, Failure> {
+        let computer = Self::find(given, reporter)?;
+        if let Self::Devices(devices) = &computer {
+            for device in devices {
+                if let Some(trouble) = device.trouble() {
+                    let name = device.name();
+                    reporter.note(format!(
+                        "{name} computes more slowly than it could: {trouble}"
+                    ));
+                }
+            }
+        }
+        Ok(computer)
+    }
+
+    fn find(given: Option<&DeviceArg>, reporter: &Reporter) -> Result<Self, Failure> {
         match given {
             Some(DeviceArg::Cpu) => Ok(Self::Cpu),
             Some(DeviceArg::Devices(names)) => {

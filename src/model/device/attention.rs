@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use candle_core::{D, Result, Tensor};
 
+use super::kernels::{Call, Scalar};
 use super::place::Device;
 use super::rope::HeadTensors;
 use crate::model::kernels::attention::{Pattern, Scores};
@@ -62,13 +63,13 @@ pub(super) struct Attention<'a> {
     pub(super) heads: Heads,
     pub(super) scores: Scores,
     pub(super) stretches: &'a [Stretch],
+    pub(super) device: &'a Device,
 }
 
 /// A stretch's products of queries and keys, and what softmax makes of them: query heads x queries x keys.
 struct Probabilities {
+    products: Tensor,
     p: Tensor,
-    /// The derivative 1 - tanh^2 of the cap, if there is one.
-    slope: Option<Tensor>,
 }
 
 impl Attention<'_> {
@@ -96,7 +97,7 @@ impl Attention<'_> {
         let mut d_value: Option<Tensor> = None;
         for stretch in self.stretches {
             let (q, k, v) = self.operands(heads, stretch)?;
-            let Probabilities { p, slope } = self.probabilities(stretch, &q, &k)?;
+            let Probabilities { products, p } = self.probabilities(stretch, &q, &k)?;
             let d = self.heads_of(d_rows, stretch)?;
             let transposed = |x: &Tensor| self.grouped(x)?.transpose(1, 2);
             // Where keys of other stretches are, nothing is added.
@@ -105,12 +106,7 @@ impl Attention<'_> {
             };
             add(&mut d_value, all_keys(transposed(&p)?.matmul(&d)?)?)?;
             let dp = d.matmul(&v.transpose(1, 2)?)?.reshape(p.shape())?;
-            let drift = (&dp * &p)?.sum_keepdim(D::Minus1)?;
-            let mut ds = (p * dp.broadcast_sub(&drift)?)?;
-            if let Some(slope) = slope {
-                ds = (ds * slope)?;
-            }
-            let ds = ds.affine(f64::from(self.scores.scale), 0.0)?;
+            let ds = self.d_products(&products, &p, &dp)?;
             let dq = self.grouped(&ds)?.matmul(&k)?;
             d_query.push(dq.reshape((self.heads.query, stretch.queries.len(), self.heads.dim))?);
             add(&mut d_key, all_keys(transposed(&ds)?.matmul(&q)?)?)?;
@@ -140,17 +136,66 @@ impl Attention<'_> {
         let products = q.matmul(&k.transpose(1, 2)?)?;
         let (rows, cols) = stretch.mask.dims2()?;
         let products = products.reshape((self.heads.query, rows, cols))?;
+        if let Some(kernels) = self.device.kernels() {
+            let [p] = kernels.launch(Call {
+                name: "attention_forward",
+                blocks: self.heads.query * rows,
+                inputs: &[&products, &stretch.mask],
+                scalars: &[
+                    Scalar::Float(self.scores.scale),
+                    self.cap(),
+                    Scalar::length(rows),
+                    Scalar::length(cols),
+                ],
+                outputs: [&[self.heads.query, rows, cols]],
+            })?;
+            return Ok(Probabilities { products, p });
+        }
         let scaled = products.affine(f64::from(self.scores.scale), 0.0)?;
-        let (scores, slope) = match self.scores.softcap {
-            None => (scaled, None),
+        let scores = match self.scores.softcap.map(f64::from) {
+            None => scaled,
             Some(cap) => {
-                let cap = f64::from(cap);
                 let t = scaled.affine(1.0 / cap, 0.0)?.tanh()?;
-                (t.affine(cap, 0.0)?, Some(t.sqr()?.affine(-1.0, 1.0)?))
+                t.affine(cap, 0.0)?
             }
         };
         let p = softmax(&scores.broadcast_add(&stretch.mask)?)?;
-        Ok(Probabilities { p, slope })
+        Ok(Probabilities { products, p })
+    }
+
+    /// The gradient with respect to a stretch's products, given `dp`, that with respect to its probabilities.
+    fn d_products(self, products: &Tensor, p: &Tensor, dp: &Tensor) -> Result<Tensor> {
+        let (heads, rows, cols) = p.dims3()?;
+        if let Some(kernels) = self.device.kernels() {
+            let [d] = kernels.launch(Call {
+                name: "attention_backward",
+                blocks: heads * rows,
+                inputs: &[products, p, dp],
+                scalars: &[
+                    Scalar::Float(self.scores.scale),
+                    self.cap(),
+                    Scalar::length(cols),
+                ],
+                outputs: [&[heads, rows, cols]],
+            })?;
+            return Ok(d);
+        }
+        let drift = (dp * p)?.sum_keepdim(D::Minus1)?;
+        let ds = (p * dp.broadcast_sub(&drift)?)?;
+        let scale = f64::from(self.scores.scale);
+        let ds = match self.scores.softcap.map(f64::from) {
+            None => ds,
+            Some(cap) => {
+                let t = products.affine(scale / cap, 0.0)?.tanh()?;
+                (ds * t.sqr()?.affine(-1.0, 1.0)?)?
+            }
+        };
+        ds.affine(scale, 0.0)
+    }
+
+    /// 0 without one.
+    fn cap(self) -> Scalar {
+        Scalar::Float(self.scores.softcap.unwrap_or(0.0))
     }
 
     /// Query heads x rows x cols as key-value heads x (group x rows) x cols.
@@ -239,6 +284,7 @@ mod tests {
                         softcap,
                     },
                     stretches: &stretches,
+                    device: &device,
                 };
                 let out = attention.forward(&tensors).unwrap();
                 let d = attention.backward(&d, &tensors).unwrap();

@@ -165,14 +165,15 @@ impl Layer<'_> {
     pub(super) fn forward(self, x: &Tensor) -> Result<(Tensor, Kept)> {
         let (config, placed) = (self.config, self.placed);
         let epsilon = config.rms_norm_eps;
-        let (entering, attention_in_scale) = normalized(x, &placed.attention_in, epsilon)?;
+        let (entering, attention_in_scale) =
+            normalized(x, &placed.attention_in, epsilon, self.device)?;
         let mut qkv = placed.qkv.forward(&self.rounded(&entering)?)?;
         let mut head_norm = None;
         if let Some(weights) = &placed.head_norm {
             let [query, key, value] = self.parts(&qkv)?;
             let one = |x: &Tensor, weight: &Tensor| {
                 let groups = x.reshape(((), weight.dim(0)?))?;
-                let (y, scale) = norm::forward(&groups, weight, epsilon)?;
+                let (y, scale) = norm::forward(&groups, weight, epsilon, self.device)?;
                 Ok::<_, candle_core::Error>((
                     y.reshape(x.shape())?,
                     (self.rounded(&groups)?, scale),
@@ -192,11 +193,12 @@ impl Layer<'_> {
         let attended = self.rounded(&self.attention().forward(&heads)?)?;
         let branch = placed.output.forward(&attended)?;
         let (x2, attention_out) = self.joined(x, branch, &placed.attention_out)?;
-        let (entering, feed_forward_in_scale) = normalized(&x2, &placed.feed_forward_in, epsilon)?;
+        let (entering, feed_forward_in_scale) =
+            normalized(&x2, &placed.feed_forward_in, epsilon, self.device)?;
         let (out, feed_forward, feed_forward_out) = match &placed.feed_forward {
             PlacedFeedForward::Dense(PlacedGated { gate_up, down }) => {
                 let gate_up = gate_up.forward(&self.rounded(&entering)?)?;
-                let wide = glu::forward(config.activation, &gate_up)?;
+                let wide = glu::forward(config.activation, &gate_up, self.device)?;
                 let branch = down.forward(&self.rounded(&wide)?)?;
                 let (out, kept) = self.joined(&x2, branch, &placed.feed_forward_out)?;
                 let gate_up = KeptFeedForward::Dense(self.rounded(&gate_up)?);
@@ -283,14 +285,15 @@ impl Layer<'_> {
                 let branch = self.rounded(&branch)?;
                 let gate_up = gate_up.to_dtype(DType::F32)?;
                 if gated.down.has_targets() {
-                    let wide = self.rounded(&glu::forward(config.activation, &gate_up)?)?;
+                    let wide =
+                        self.rounded(&glu::forward(config.activation, &gate_up, self.device)?)?;
                     self.gradients(&gated.down, &branch, &wide, sink)?;
                 }
                 if !further && !gated.gate_up.has_targets() {
                     return Ok(None);
                 }
                 let d_wide = placed.down.backward(&branch)?;
-                let d_gate_up = glu::backward(config.activation, &d_wide, &gate_up)?;
+                let d_gate_up = glu::backward(config.activation, &d_wide, &gate_up, self.device)?;
                 let d_gate_up = self.rounded(&d_gate_up)?;
                 if gated.gate_up.has_targets() {
                     let entered = self.rounded(&entering()?)?;
@@ -305,7 +308,7 @@ impl Layer<'_> {
         };
         let scale = &kept.feed_forward_in_scale;
         Ok(Some(
-            (d + through_norm(d_entering, &kept.x2, weight, scale)?)?,
+            (d + through_norm(d_entering, &kept.x2, weight, scale, self.device)?)?,
         ))
     }
 
@@ -335,7 +338,7 @@ impl Layer<'_> {
             let one = |d: &Tensor, weight: &Tensor, (groups, scale): &(Tensor, Tensor)| {
                 let groups = groups.to_dtype(DType::F32)?;
                 let d_groups = d.reshape(groups.shape())?;
-                norm::backward(&d_groups, &groups, weight, scale)?.reshape(d.shape())
+                norm::backward(&d_groups, &groups, weight, scale, self.device)?.reshape(d.shape())
             };
             let query = one(&query, &weights[0], &norms[0])?;
             let key = one(&key, &weights[1], &norms[1])?;
@@ -355,7 +358,7 @@ impl Layer<'_> {
         let d_entering = placed.qkv.backward(&d_qkv)?;
         let scale = &kept.attention_in_scale;
         Ok(Some(
-            (d + through_norm(d_entering, x, &placed.attention_in, scale)?)?,
+            (d + through_norm(d_entering, x, &placed.attention_in, scale, self.device)?)?,
         ))
     }
 
@@ -376,6 +379,7 @@ impl Layer<'_> {
             &rows.to_dtype(DType::F32)?,
             weight,
             self.config.rms_norm_eps,
+            self.device,
         )?;
         Ok(((x + y)?, Some((rows, scale))))
     }
@@ -389,7 +393,7 @@ impl Layer<'_> {
     ) -> Result<Tensor> {
         match (weight, kept) {
             (Some(weight), Some((rows, scale))) => {
-                norm::backward(d, &rows.to_dtype(DType::F32)?, weight, scale)
+                norm::backward(d, &rows.to_dtype(DType::F32)?, weight, scale, self.device)
             }
             _ => d.affine(f64::from(self.config.residual_multiplier), 0.0),
         }
@@ -404,6 +408,7 @@ impl Layer<'_> {
             heads: self.config.heads(),
             scores: self.config.scores,
             stretches: self.stretches,
+            device: self.device,
         }
     }
 
@@ -445,11 +450,12 @@ fn normalized(
     x: &Tensor,
     weight: &Option<Tensor>,
     epsilon: f32,
+    device: &Device,
 ) -> Result<(Tensor, Option<Tensor>)> {
     match weight {
         None => Ok((x.clone(), None)),
         Some(weight) => {
-            let (y, scale) = norm::forward(x, weight, epsilon)?;
+            let (y, scale) = norm::forward(x, weight, epsilon, device)?;
             Ok((y, Some(scale)))
         }
     }
@@ -461,9 +467,10 @@ fn through_norm(
     x: &Tensor,
     weight: &Option<Tensor>,
     scale: &Option<Tensor>,
+    device: &Device,
 ) -> Result<Tensor> {
     match (weight, scale) {
-        (Some(weight), Some(scale)) => norm::backward(&d, x, weight, scale),
+        (Some(weight), Some(scale)) => norm::backward(&d, x, weight, scale, device),
         _ => Ok(d),
     }
 }

@@ -1,13 +1,26 @@
 //! Gated linear units on a device: a = act(gate) up, in f32.
 //!
-//! The functions of the CPU's kernel of the same name, as operations of candle.
+//! The functions of the CPU's kernel of the same name, by a kernel of the device or as operations of candle.
 
 use candle_core::{D, Result, Tensor};
 
+use super::kernels::{Call, Scalar};
+use super::place::Device;
 use crate::model::family::Activation;
 
 /// `gate_up` is tokens x 2 width, the gate first in each row; the result tokens x width.
-pub(super) fn forward(activation: Activation, gate_up: &Tensor) -> Result<Tensor> {
+pub(super) fn forward(activation: Activation, gate_up: &Tensor, device: &Device) -> Result<Tensor> {
+    if let Some(kernels) = device.kernels() {
+        let (rows, width) = (gate_up.dim(0)?, gate_up.dim(1)? / 2);
+        let [a] = kernels.launch(Call {
+            name: "glu_forward",
+            blocks: rows,
+            inputs: &[gate_up],
+            scalars: &[is_gelu(activation), Scalar::length(width)],
+            outputs: [&[rows, width]],
+        })?;
+        return Ok(a);
+    }
     let (gate, up) = halves(gate_up)?;
     let share = match activation {
         Activation::Silu => sigmoid(&gate)?,
@@ -17,7 +30,23 @@ pub(super) fn forward(activation: Activation, gate_up: &Tensor) -> Result<Tensor
 }
 
 /// The gradient with respect to `gate_up`, given `da`: d gate = da up act'(z), d up = da act(z).
-pub(super) fn backward(activation: Activation, da: &Tensor, gate_up: &Tensor) -> Result<Tensor> {
+pub(super) fn backward(
+    activation: Activation,
+    da: &Tensor,
+    gate_up: &Tensor,
+    device: &Device,
+) -> Result<Tensor> {
+    if let Some(kernels) = device.kernels() {
+        let (rows, width) = da.dims2()?;
+        let [d] = kernels.launch(Call {
+            name: "glu_backward",
+            blocks: rows,
+            inputs: &[da, gate_up],
+            scalars: &[is_gelu(activation), Scalar::length(width)],
+            outputs: [&[rows, 2 * width]],
+        })?;
+        return Ok(d);
+    }
     let (z, up) = halves(gate_up)?;
     let (value, slope) = match activation {
         // z s and s (1 + z (1 - s)).
@@ -40,6 +69,10 @@ pub(super) fn backward(activation: Activation, da: &Tensor, gate_up: &Tensor) ->
     let d_gate = ((da * up)? * slope)?;
     let d_up = (da * value)?;
     Tensor::cat(&[d_gate, d_up], D::Minus1)
+}
+
+fn is_gelu(activation: Activation) -> Scalar {
+    Scalar::flag(activation == Activation::GeluTanh)
 }
 
 fn halves(gate_up: &Tensor) -> Result<(Tensor, Tensor)> {

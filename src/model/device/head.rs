@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use candle_core::{D, DType, Result, Tensor};
 
+use super::kernels::{Call, Scalar};
 use super::linear::in_precision;
 use super::norm;
 use super::place::Device;
@@ -65,6 +66,21 @@ impl PlacedHead {
         })
     }
 
+    /// One with a cap, of a `norm` and a `matrix`.
+    pub(super) fn example(norm: Tensor, matrix: Tensor, device: &Device) -> Self {
+        Self {
+            norm,
+            epsilon: 1e-6,
+            matrix,
+            finish: Logits {
+                scale: 2.0,
+                softcap: Some(3.0),
+            },
+            device: device.clone(),
+            chunk_bytes: [LOGITS_BYTES, TILE_BYTES],
+        }
+    }
+
     /// The loss of each prediction for `x` (tokens x hidden, f32) and, if it `wants_gradient`, that of their sum with respect to `x`.
     pub(super) fn losses(
         &self,
@@ -110,7 +126,7 @@ impl PlacedHead {
                     scale,
                     ..
                 } = &gathered;
-                let d_rows = norm::backward(&d_normed, rows, &self.norm, scale)?;
+                let d_rows = norm::backward(&d_normed, rows, &self.norm, scale, &self.device)?;
                 Some(x.zeros_like()?.index_add(positions, &d_rows, 0)?)
             }
         };
@@ -154,7 +170,7 @@ impl PlacedHead {
             .collect();
         let positions = Tensor::from_vec(positions, pack.predictions.len(), &self.device.handle)?;
         let rows = x.index_select(&positions, 0)?;
-        let (normed, scale) = norm::forward(&rows, &self.norm, self.epsilon)?;
+        let (normed, scale) = norm::forward(&rows, &self.norm, self.epsilon, &self.device)?;
         let rounded = normed.to_dtype(self.device.precision().dtype())?;
         Ok(Gathered {
             positions,
@@ -207,23 +223,45 @@ impl PlacedHead {
     ) -> Result<Option<Tensor>> {
         let tokens: Vec<u32> = predictions.iter().map(|it| it.token).collect();
         let tokens = Tensor::from_vec(tokens, (predictions.len(), 1), &self.device.handle)?;
-        let top = logits.max_keepdim(D::Minus1)?;
-        let e = logits.broadcast_sub(&top)?.exp()?;
-        let sum = e.sum_keepdim(D::Minus1)?;
-        let score = logits.gather(&tokens, 1)?;
-        let columns = Tensor::cat(&[&top, &sum, &score], 1)?.to_vec2::<f32>()?;
+        let (rows, vocab) = logits.dims2()?;
+        let (columns, d) = match self.device.kernels() {
+            Some(kernels) => {
+                let [parts, d] = kernels.launch(Call {
+                    name: "next_token",
+                    blocks: rows,
+                    inputs: &[logits, &tokens],
+                    scalars: &[Scalar::length(vocab)],
+                    outputs: [&[rows, 3], &[rows, vocab]],
+                })?;
+                (parts, Some(d))
+            }
+            None => {
+                let top = logits.max_keepdim(D::Minus1)?;
+                let e = logits.broadcast_sub(&top)?.exp()?;
+                let sum = e.sum_keepdim(D::Minus1)?;
+                let score = logits.gather(&tokens, 1)?;
+                let columns = Tensor::cat(&[&top, &sum, &score], 1)?;
+                let d = match wants_gradient {
+                    false => None,
+                    true => {
+                        let minus_one = tokens.to_dtype(DType::F32)?.affine(0.0, -1.0)?;
+                        let p = e.broadcast_div(&sum)?;
+                        Some(p.scatter_add(&tokens, &minus_one, 1)?)
+                    }
+                };
+                (columns, d)
+            }
+        };
+        let columns = columns.to_vec2::<f32>()?;
         let of_row = |row: &Vec<f32>| {
             let [top, sum, score] = [row[0], row[1], row[2]].map(f64::from);
             top + sum.ln() - score
         };
         let found: Vec<f64> = columns.iter().map(of_row).collect();
         losses.extend_from_slice(&found);
-        if !wants_gradient {
+        let Some(d) = d.filter(|_| wants_gradient) else {
             return Ok(None);
-        }
-        let p = e.broadcast_div(&sum)?;
-        let minus_one = tokens.to_dtype(DType::F32)?.affine(0.0, -1.0)?;
-        let d = p.scatter_add(&tokens, &minus_one, 1)?;
+        };
         if found.iter().all(|&loss| loss <= cap) {
             return Ok(Some(d));
         }
@@ -292,16 +330,11 @@ mod tests {
             (0..count).map(|i| (f32::from(i) * step).sin()).collect()
         };
         let (vocab, hidden) = (11, 4);
+        let norm = device.upload(&[1.0, 0.5, 2.0, 1.5], &[hidden]).unwrap();
+        let matrix = device.upload(&wave(44, 1.3), &[vocab, hidden]).unwrap();
         let head = |chunk_bytes| PlacedHead {
-            norm: device.upload(&[1.0, 0.5, 2.0, 1.5], &[hidden]).unwrap(),
-            epsilon: 1e-6,
-            matrix: device.upload(&wave(44, 1.3), &[vocab, hidden]).unwrap(),
-            finish: Logits {
-                scale: 2.0,
-                softcap: Some(3.0),
-            },
-            device: device.clone(),
             chunk_bytes,
+            ..PlacedHead::example(norm.clone(), matrix.clone(), &device)
         };
         let predictions = [(0, 3), (2, 10), (3, 0), (6, 7), (7, 5)];
         let prediction = |&(position, token): &(usize, u32)| Prediction { position, token };

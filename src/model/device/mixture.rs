@@ -54,7 +54,7 @@ impl Mixture<'_> {
             };
             let rows = self.rounded(&y.index_select(&sent.tokens, 0)?)?;
             let gate_up = placed.gate_up.forward(&rows)?;
-            let wide = glu::forward(self.config.activation, &gate_up)?;
+            let wide = glu::forward(self.config.activation, &gate_up, self.device)?;
             let rows = placed.down.forward(&self.rounded(&wide)?)?;
             let factor = f64::from(self.config.residual_multiplier);
             let rows = rows.broadcast_mul(&sent.weights)?.affine(factor, 0.0)?;
@@ -89,7 +89,7 @@ impl Mixture<'_> {
             let gate_up = gate_up.to_dtype(DType::F32)?;
             let d_rows = d.index_select(&sent.tokens, 0)?;
             let d_wide = placed.down.backward(&self.rounded(&d_rows)?)?;
-            let wide = glu::forward(self.config.activation, &gate_up)?;
+            let wide = glu::forward(self.config.activation, &gate_up, self.device)?;
             // With d_e the gradient of the expert's output before its weight, the weight's own is d_e W_down . glu.
             let of_weights: Vec<f32> = (&d_wide * &wide)?.sum(1)?.to_vec1()?;
             d_weights.extend(of_weights);
@@ -99,7 +99,7 @@ impl Mixture<'_> {
                 gradients(&gated.down, &d_rows, &wide, point, self.device, sink)?;
             }
             let d_wide = d_wide.broadcast_mul(&sent.weights)?;
-            let d_gate_up = glu::backward(self.config.activation, &d_wide, &gate_up)?;
+            let d_gate_up = glu::backward(self.config.activation, &d_wide, &gate_up, self.device)?;
             let d_gate_up = self.rounded(&d_gate_up)?;
             if gated.gate_up.has_targets() {
                 let rows = self.rounded(&y.index_select(&sent.tokens, 0)?)?;

@@ -10,10 +10,15 @@
 
 mod attention;
 mod block;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod footprint;
 mod glu;
 mod head;
+#[cfg(test)]
+mod host;
+mod kernels;
 mod linear;
 mod mixture;
 mod norm;

@@ -9,6 +9,7 @@ use candle_core::{DType, Tensor};
 use thiserror::Error;
 
 use super::error::DeviceError;
+use super::kernels::{Kernels, check};
 
 /// A device's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +82,8 @@ pub struct Device {
     name: DeviceName,
     precision: Precision,
     pub(super) handle: candle_core::Device,
+    kernels: Option<Kernels>,
+    trouble: Option<String>,
 }
 
 impl Device {
@@ -97,17 +100,62 @@ impl Device {
         let handle = handle.map_err(|error| DeviceError::of_opening(name, &error))?;
         // What is BF16 is exact in TF32, so that products of such f32 have BF16's inputs and f32's sums.
         candle_core::cuda::set_gemm_reduced_precision_f32(true);
-        Ok(Self {
+        let device = Self {
             name,
             precision,
             handle,
-        })
+            kernels: None,
+            trouble: None,
+        };
+        #[cfg(feature = "cuda")]
+        if let candle_core::Device::Cuda(cuda) = &device.handle {
+            let kernels = super::cuda::CudaKernels::compile(cuda);
+            return Ok(device.with_kernels(kernels.map(Kernels::new)));
+        }
+        Ok(device)
     }
 
     /// The same, computing in `precision`.
     #[must_use]
     pub fn with_precision(self, precision: Precision) -> Self {
         Self { precision, ..self }
+    }
+
+    /// The same, computing by `kernels` if they are there and do what candle's operations do.
+    #[cfg_attr(
+        not(any(feature = "cuda", test)),
+        expect(dead_code, reason = "other devices have none")
+    )]
+    pub(super) fn with_kernels(self, kernels: Result<Kernels, String>) -> Self {
+        let checked = kernels.and_then(|kernels| {
+            let device = Self {
+                kernels: Some(kernels),
+                ..self.clone()
+            };
+            check(&device).map(|()| device)
+        });
+        checked.unwrap_or_else(|trouble| Self {
+            trouble: Some(trouble),
+            ..self
+        })
+    }
+
+    /// The same by candle's operations alone.
+    pub(super) fn without_kernels(self) -> Self {
+        Self {
+            kernels: None,
+            ..self
+        }
+    }
+
+    /// Kernels of its own, if it has some.
+    pub(super) fn kernels(&self) -> Option<&Kernels> {
+        self.kernels.as_ref()
+    }
+
+    /// Why it computes by candle's operations alone, where it should have kernels of its own: slower, and to the same result.
+    pub fn trouble(&self) -> Option<&str> {
+        self.trouble.as_deref()
     }
 
     /// What it is called.

@@ -1,9 +1,10 @@
 //! Rotary position embedding on a device, with the change of layout that attention wants.
 //!
-//! The function of the CPU's kernel of the same name, as operations of candle.
+//! The function of the CPU's kernel of the same name, by a kernel of the device or as operations of candle.
 
 use candle_core::{D, Result, Tensor};
 
+use super::kernels::{Call, Scalar};
 use super::place::Device;
 use crate::model::kernels::rope::{Heads, Pairs, Rotations};
 
@@ -12,6 +13,9 @@ use crate::model::kernels::rope::{Heads, Pairs, Rotations};
 pub(super) struct Angles {
     cos: Tensor,
     sin: Tensor,
+    /// 1, or -1 on the way back.
+    sign: f32,
+    device: Device,
 }
 
 impl Angles {
@@ -22,6 +26,8 @@ impl Angles {
         Ok(Self {
             cos: device.upload(&cos, &shape)?,
             sin: device.upload(&sin, &shape)?,
+            sign: 1.0,
+            device: device.clone(),
         })
     }
 
@@ -29,6 +35,22 @@ impl Angles {
     fn turn(&self, x: &Tensor, pairs: Pairs) -> Result<Tensor> {
         let half = self.cos.dim(1)?;
         let (heads, tokens, dim) = x.dims3()?;
+        if let Some(kernels) = self.device.kernels() {
+            let [turned] = kernels.launch(Call {
+                name: "turn",
+                blocks: heads * tokens,
+                inputs: &[x, &self.cos, &self.sin],
+                scalars: &[
+                    Scalar::Float(self.sign),
+                    Scalar::flag(pairs == Pairs::Neighbors),
+                    Scalar::length(tokens),
+                    Scalar::length(half),
+                    Scalar::length(dim),
+                ],
+                outputs: [&[heads, tokens, dim]],
+            })?;
+            return Ok(turned);
+        }
         let turning = x.narrow(D::Minus1, 0, 2 * half)?;
         let (a, b) = match pairs {
             Pairs::Halves => (turning.narrow(2, 0, half)?, turning.narrow(2, half, half)?),
@@ -38,7 +60,7 @@ impl Angles {
                 (of(0)?, of(1)?)
             }
         };
-        let (cos, sin) = (&self.cos, &self.sin);
+        let (cos, sin) = (&self.cos, &self.sin.affine(f64::from(self.sign), 0.0)?);
         let turned_a = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
         let turned_b = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
         let turned = match pairs {
@@ -54,11 +76,11 @@ impl Angles {
     }
 
     /// The angles of the way back.
-    fn reversed(&self) -> Result<Self> {
-        Ok(Self {
-            cos: self.cos.clone(),
-            sin: self.sin.neg()?,
-        })
+    fn reversed(&self) -> Self {
+        Self {
+            sign: -self.sign,
+            ..self.clone()
+        }
     }
 }
 
@@ -89,7 +111,7 @@ pub(super) fn forward(qkv: &Tensor, heads: Heads, angles: &Angles) -> Result<Hea
 
 /// The transpose of [`forward`]: gathers gradients of heads into tokens x row, rotating back.
 pub(super) fn backward(d: &HeadTensors, heads: Heads, angles: &Angles) -> Result<Tensor> {
-    let back = angles.reversed()?;
+    let back = angles.reversed();
     let join = |part: Tensor| {
         let (count, tokens, dim) = part.dims3()?;
         let rows = part.transpose(0, 1)?.contiguous()?;
