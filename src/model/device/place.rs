@@ -58,7 +58,7 @@ impl fmt::Display for DeviceName {
 pub enum Precision {
     /// BF16, half the memory, for which GPUs have units of their own.
     Bf16,
-    /// f32.
+    /// f32; a GPU with TF32 rounds the factors of products to its 11 bits.
     F32,
 }
 
@@ -87,17 +87,18 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens the device called `name`, which computes in BF16 if it is a GPU.
+    /// Opens the device called `name`, which computes in BF16 if it is a GPU with units for it.
     ///
     /// # Errors
     /// [`DeviceError`] when this program was built without it, or it is not there.
     pub fn open(name: DeviceName) -> Result<Self, DeviceError> {
-        let (handle, precision) = match name {
-            DeviceName::Candle => (Ok(candle_core::Device::Cpu), Precision::F32),
-            DeviceName::Cuda(number) => (candle_core::Device::new_cuda(number), Precision::Bf16),
-            DeviceName::Metal => (candle_core::Device::new_metal(0), Precision::Bf16),
+        let handle = match name {
+            DeviceName::Candle => Ok(candle_core::Device::Cpu),
+            DeviceName::Cuda(number) => candle_core::Device::new_cuda(number),
+            DeviceName::Metal => candle_core::Device::new_metal(0),
         };
         let handle = handle.map_err(|error| DeviceError::of_opening(name, &error))?;
+        let precision = precision_of(&handle);
         // What is BF16 is exact in TF32, so that products of such f32 have BF16's inputs and f32's sums.
         candle_core::cuda::set_gemm_reduced_precision_f32(true);
         let device = Self {
@@ -198,6 +199,23 @@ impl Device {
     /// What an operation on this device met.
     pub(super) fn failed(&self, error: &candle_core::Error) -> DeviceError {
         DeviceError::of(self.name, error)
+    }
+}
+
+/// What a device computes in by itself: BF16 if it has units for it.
+fn precision_of(handle: &candle_core::Device) -> Precision {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(cuda) = handle {
+        // candle has no kernels in BF16 for those below 8.0.
+        let stream = cuda.cuda_stream();
+        return match stream.context().compute_capability() {
+            Ok((8.., _)) => Precision::Bf16,
+            _ => Precision::F32,
+        };
+    }
+    match handle {
+        candle_core::Device::Cpu => Precision::F32,
+        _ => Precision::Bf16,
     }
 }
 
