@@ -3,14 +3,17 @@
 //! In: what each rank computed from its rows. Out: the sum or the list of it, the same bits on every rank. Whatever a rank decides follows
 //! from such numbers, so all of them go the same way without being led, and at the end each has the whole result.
 //!
-//! An engine that exists moves the numbers: [`Ranks`] is what it has to do, [`Alone`] is one process, and MPI is behind the feature `mpi`. The search
-//! talks to a [`Group`], which keeps ranks from waiting for ever: before anything is summed they tell each other where they are, and
-//! one that cannot go on says so in the same place.
+//! An engine that exists moves the numbers: [`Ranks`] is what it has to do, [`Alone`] is one process, and MPI is behind the feature `mpi`. Sums may be
+//! left to an [`Adder`]: NCCL's, between GPUs, is behind the feature `nccl`. The search talks to a [`Group`], which keeps ranks from waiting for
+//! ever: before anything is summed they tell each other where they are, and one that cannot go on says so in the same place; one that fails in a
+//! sum ends all.
 
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::error::Error;
 use std::fmt;
 use std::rc::Rc;
@@ -20,6 +23,8 @@ use thiserror::Error;
 
 #[cfg(feature = "mpi")]
 pub use self::mpi::{Mpi, MpiError};
+#[cfg(feature = "nccl")]
+pub use self::nccl::Nccl;
 use crate::model::TargetTensors;
 
 /// What moves numbers between ranks. Each call is made by all ranks, with values of the same length, in the same order, and by one thread of each.
@@ -47,6 +52,18 @@ pub trait Ranks {
     /// # Errors
     /// When the engine fails.
     fn broadcast(&self, values: &mut [f32]) -> Result<(), EngineError>;
+
+    /// Ends all ranks, this one too, where the others may wait for it and cannot hear why.
+    fn abort(&self);
+}
+
+/// What sums for the ranks in place of their engine. All ranks call it as they would the engine.
+pub trait Adder {
+    /// As [`Ranks::sum`].
+    ///
+    /// # Errors
+    /// When this rank's part fails.
+    fn sum(&self, values: &mut [f32]) -> Result<(), EngineError>;
 }
 
 /// Why an engine failed, in its own words.
@@ -76,6 +93,8 @@ impl Ranks for Alone {
     fn broadcast(&self, _values: &mut [f32]) -> Result<(), EngineError> {
         Ok(())
     }
+
+    fn abort(&self) {}
 }
 
 /// The ranks of one search, as one of them sees them. Clones are the same group.
@@ -84,8 +103,12 @@ pub struct Group(Rc<Members>);
 
 struct Members {
     engine: Box<dyn Ranks>,
+    /// Dropped after the engine, whose end all ranks come to: one that takes its part away may disturb a sum of the others.
+    adder: OnceCell<Box<dyn Adder>>,
     /// Whether nobody waits for this rank any more.
     over: Cell<bool>,
+    /// Whether the engine or the adder failed here, so that others may wait for this rank where they hear nothing.
+    broken: Cell<bool>,
     cost: Cell<Cost>,
 }
 
@@ -117,7 +140,9 @@ impl Group {
     pub fn of(engine: impl Ranks + 'static) -> Self {
         Self(Rc::new(Members {
             engine: Box::new(engine),
+            adder: OnceCell::new(),
             over: Cell::new(false),
+            broken: Cell::new(false),
             cost: Cell::default(),
         }))
     }
@@ -179,10 +204,32 @@ impl Group {
             .collect())
     }
 
+    /// Leaves all sums from here on to `adder`, the first that comes. All ranks do so at the same place.
+    pub fn sum_by(&self, adder: impl Adder + 'static) {
+        // A second one would not be what the others sum with.
+        let _ = self.0.adder.set(Box::new(adder));
+    }
+
+    /// Whether another than the engine sums.
+    pub fn has_adder(&self) -> bool {
+        self.0.adder.get().is_some()
+    }
+
+    /// Whether this rank failed where the others may wait for it and hear nothing, as in a sum. Nobody else can tell what happened, and
+    /// [leaving](Self::leave) ends all.
+    pub fn has_failed(&self) -> bool {
+        self.0.broken.get()
+    }
+
+    fn fail(&self) {
+        self.0.broken.set(true);
+        self.end();
+    }
+
     /// Each element becomes its sum over all ranks.
     ///
     /// # Errors
-    /// [`RanksError::Engine`].
+    /// [`RanksError::Engine`], after which this rank [has failed](Self::has_failed).
     pub fn sum(&self, tensors: &mut TargetTensors) -> Result<(), RanksError> {
         if self.size() == 1 {
             return Ok(());
@@ -190,7 +237,11 @@ impl Group {
         let began = Instant::now();
         let mut cost = self.0.cost.get();
         for tensor in tensors.iter_mut() {
-            self.0.engine.sum(tensor)?;
+            let summed = match self.0.adder.get() {
+                Some(adder) => adder.sum(tensor),
+                None => self.0.engine.sum(tensor),
+            };
+            summed.inspect_err(|_| self.fail())?;
             cost.bytes += size_of_val(tensor) as u64;
         }
         cost.summing += began.elapsed();
@@ -214,11 +265,14 @@ impl Group {
     /// Leaves the others before the search is over: where they are, they hear `word` and end too. The words of those that leave at
     /// the same time come back, with their ranks.
     ///
-    /// Does nothing where the search is over, or another rank has left before.
+    /// Does nothing where the search is over, or another rank has left before. Where this one [has failed](Self::has_failed), all end here.
     ///
     /// # Errors
     /// [`RanksError::Engine`].
     pub fn leave(&self, word: &str) -> Result<Vec<(usize, String)>, RanksError> {
+        if self.has_failed() {
+            self.0.engine.abort();
+        }
         if self.0.over.replace(true) {
             return Ok(Vec::new());
         }
@@ -259,6 +313,33 @@ pub enum RanksError {
     /// The engine failed.
     #[error("the ranks cannot reach each other")]
     Engine(#[from] EngineError),
+}
+
+/// Calls `sum` with one part of `values` after the other, each of which divides evenly among `ranks`: `most` elements, or what is left; behind it the few
+/// that do not divide, with zeros.
+///
+/// # Errors
+/// The first of `sum`.
+#[cfg(any(feature = "mpi", test))]
+fn in_even_parts(
+    values: &mut [f32],
+    ranks: usize,
+    most: usize,
+    mut sum: impl FnMut(&mut [f32]) -> Result<(), EngineError>,
+) -> Result<(), EngineError> {
+    for part in values.chunks_mut(most.max(ranks) / ranks * ranks) {
+        let (even, rest) = part.split_at_mut(part.len() / ranks * ranks);
+        if !even.is_empty() {
+            sum(even)?;
+        }
+        if !rest.is_empty() {
+            let mut padded = vec![0.0; ranks];
+            padded[..rest.len()].copy_from_slice(rest);
+            sum(&mut padded)?;
+            rest.copy_from_slice(&padded[..rest.len()]);
+        }
+    }
+    Ok(())
 }
 
 /// What one rank tells all: a byte that says which it is; of [`Message::At`] the length of the place, 4 bytes, little-endian; then the text or texts.
@@ -341,6 +422,59 @@ mod tests {
 
         fn broadcast(&self, _values: &mut [f32]) -> Result<(), EngineError> {
             Err("no broadcast is expected".into())
+        }
+
+        fn abort(&self) {}
+    }
+
+    /// As if all ranks had the same.
+    struct Doubling;
+
+    impl Adder for Doubling {
+        fn sum(&self, values: &mut [f32]) -> Result<(), EngineError> {
+            values.iter_mut().for_each(|value| *value *= 2.0);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_adder_sums_in_place_of_the_engine() {
+        let group = Group::of(Scripted(vec![Message::At("here", b"")]));
+        let clone = group.clone();
+        assert!(!group.has_adder());
+        group.sum_by(Doubling);
+        assert!(clone.has_adder());
+        let mut tensors = TargetTensors::new(vec![vec![1.0, 2.0, 3.0]]);
+        clone.sum(&mut tensors).unwrap();
+        assert_eq!(tensors.tensor(0), [2.0, 4.0, 6.0]);
+        assert!(!group.has_failed());
+    }
+
+    #[test]
+    fn one_that_fails_in_a_sum_waits_for_nobody() {
+        // Rank 1 does not come to where words are heard.
+        let group = Group::of(Scripted(vec![Message::Left("unheard")]));
+        let mut tensors = TargetTensors::new(vec![vec![1.0]]);
+        assert!(group.sum(&mut tensors).is_err());
+        assert!(group.has_failed());
+        assert!(group.leave("bye").unwrap().is_empty());
+    }
+
+    #[test]
+    fn parts_divide_evenly_and_every_element_is_summed_once() {
+        for (ranks, most) in [(1, 4), (2, 4), (3, 4), (3, 9), (4, 2), (5, 1)] {
+            for length in 0..20u8 {
+                let mut values: Vec<f32> = (0..length).map(f32::from).collect();
+                let expected: Vec<f32> = values.iter().map(|value| value + 0.5).collect();
+                in_even_parts(&mut values, ranks, most, |part| {
+                    assert!(!part.is_empty() && part.len() % ranks == 0);
+                    assert!(part.len() <= most.max(ranks), "{} of {most}", part.len());
+                    part.iter_mut().for_each(|value| *value += 0.5);
+                    Ok(())
+                })
+                .unwrap();
+                assert_eq!(values, expected, "{length} among {ranks}");
+            }
         }
     }
 

@@ -88,6 +88,10 @@ impl Ranks for Threads {
         }
         Ok(())
     }
+
+    fn abort(&self) {
+        panic!("rank {} failed in a sum", self.rank);
+    }
 }
 
 /// The tiny checkpoint that all runs are on.

@@ -119,7 +119,8 @@ pub(super) fn prepare<'c>(
             search,
         });
     }
-    let computer = Computer::open(run.device.as_ref(), reporter)?;
+    let computer = Computer::open(run.device.as_ref(), launch.place, reporter)?;
+    launch.connect(&computer)?;
     let config = model.config()?;
     let sets = Sets::open(&search.paths)?;
     let files = model.tokenizer()?;
@@ -276,7 +277,7 @@ impl Prepared<'_> {
         if let Some(computing) = &self.computing
             && let Computer::Devices(_) = computing.computer
         {
-            identity.insert("device", computing.computer.name());
+            identity.insert("device", computing.computer.kind());
         }
         for source in &self.data {
             identity.insert(format!("{} rows", source.role), source.sha256);

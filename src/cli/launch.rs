@@ -4,12 +4,15 @@
 //! is the program as it is alone: it checks the outputs, prints, keeps the state and writes. The others do their share of the search and are
 //! silent: what stops one of them, the first says.
 
+use std::collections::BTreeSet;
+
 use panacea_patch::ranks::{Group, RanksError};
 use panacea_patch::resume::Identity;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::args::{Cli, Command, OptimizeArgs, PatchArgs};
+use super::device::Computer;
 use super::error::{Exit, Failure};
 use super::find;
 use super::interrupt;
@@ -26,6 +29,10 @@ pub(super) struct Launch {
     name: String,
     /// Ranks that compute on the same processors, this one among them.
     pub(super) neighbours: usize,
+    /// Ranks on the same machine that come before this one.
+    pub(super) place: usize,
+    /// What MPI calls the machine; nothing for one process.
+    host: String,
     /// Machines that ranks are on.
     machines: usize,
 }
@@ -48,6 +55,8 @@ impl Launch {
             group: Group::default(),
             name: "the process".to_owned(),
             neighbours: 1,
+            place: 0,
+            host: String::new(),
             machines: 1,
         }
     }
@@ -58,15 +67,18 @@ impl Launch {
         let own = json!([host, allowed_processors()]).to_string();
         let places = group.exchange("the start", own.as_bytes())?;
         let same = |place: &&Vec<u8>| place[..] == *own.as_bytes();
-        let hosts: std::collections::BTreeSet<String> = places
+        let hosts: Vec<String> = places
             .iter()
             .filter_map(|place| serde_json::from_slice::<[String; 2]>(place).ok())
             .map(|[host, _]| host)
             .collect();
+        let before = hosts.iter().take(group.rank());
         Ok(Self {
+            place: before.filter(|it| *it == host).count(),
+            host: host.to_owned(),
             name: format!("rank {} of {} on {host}", group.rank(), group.size()),
             neighbours: places.iter().filter(same).count(),
-            machines: hosts.len(),
+            machines: BTreeSet::from_iter(hosts).len(),
             group,
         })
     }
@@ -74,6 +86,11 @@ impl Launch {
     /// Whether this is the one that speaks and writes.
     pub(super) fn is_first(&self) -> bool {
         self.group.is_first()
+    }
+
+    /// Whether no other rank can say what stops this one.
+    pub(super) fn must_speak(&self) -> bool {
+        self.is_first() || self.group.has_failed()
     }
 
     /// Whether there are others.
@@ -114,6 +131,23 @@ impl Launch {
             .hint("run it without mpirun"))
     }
 
+    /// Lets NCCL sum where it can connect what the ranks compute on; otherwise MPI does.
+    ///
+    /// # Errors
+    /// When another rank cannot go on, or NCCL fails.
+    pub(super) fn connect(&self, computer: &Computer) -> Result<(), Failure> {
+        if !self.is_shared() {
+            return Ok(());
+        }
+        let own = json!([self.host, slot(computer)]).to_string();
+        let all = self.group.exchange("the devices", own.as_bytes())?;
+        let slots = all.iter().map(|word| serde_json::from_slice(word).ok());
+        match slots.collect::<Option<Vec<Slot>>>() {
+            Some(slots) if are_apart(&slots) => join_gpus(&self.group, computer),
+            _ => Ok(()),
+        }
+    }
+
     /// Says that several share the work, and how.
     pub(super) fn tell(&self, reporter: &Reporter) {
         if self.is_shared() {
@@ -125,9 +159,13 @@ impl Launch {
                 1 => "one thread".to_owned(),
                 threads => format!("{threads} threads"),
             };
+            let adder = match self.group.has_adder() {
+                true => "NCCL",
+                false => "MPI",
+            };
             let size = self.group.size();
             reporter.stage(format!(
-                "{size} ranks on {machines}, this one with {threads}"
+                "{size} ranks on {machines}, this one with {threads}; {adder} sums"
             ));
         }
     }
@@ -252,8 +290,13 @@ impl From<RanksError> for Failure {
                     format!("{}: {}", word.rank, word.error),
                 )
             },
-            None => Self::doing(Exit::Environment, "the ranks do not go on", &error)
-                .hint("give all ranks the same program, checkpoint and data"),
+            None => {
+                let failure = Self::doing(Exit::Environment, "the ranks do not go on", &error);
+                match error {
+                    RanksError::Engine(_) => failure,
+                    _ => failure.hint("give all ranks the same program, checkpoint and data"),
+                }
+            }
         }
     }
 }
@@ -301,6 +344,48 @@ fn join_ranks(expected: usize) -> Result<Launch, Failure> {
     .hint("build it with `cargo install --path . --features mpi`, or start one process"))
 }
 
+/// A machine, and where the GPU of a rank is plugged in there, where NCCL can use it.
+type Slot = (String, Option<[i32; 3]>);
+
+/// Whether every rank has a GPU to itself.
+fn are_apart(slots: &[Slot]) -> bool {
+    let distinct: BTreeSet<_> = slots.iter().filter(|(_, slot)| slot.is_some()).collect();
+    distinct.len() == slots.len()
+}
+
+/// Where the GPU is that NCCL would use: the first of several.
+#[cfg(feature = "nccl")]
+fn slot(computer: &Computer) -> Option<[i32; 3]> {
+    match computer {
+        Computer::Cpu => None,
+        Computer::Devices(devices) => devices.first()?.slot(),
+    }
+}
+
+/// This build has no NCCL.
+#[cfg(not(feature = "nccl"))]
+fn slot(_computer: &Computer) -> Option<[i32; 3]> {
+    None
+}
+
+#[cfg(feature = "nccl")]
+fn join_gpus(group: &Group, computer: &Computer) -> Result<(), Failure> {
+    use panacea_patch::ranks::Nccl;
+
+    if let Computer::Devices(devices) = computer
+        && let Some(device) = devices.first()
+    {
+        group.sum_by(Nccl::join(group, device)?);
+    }
+    Ok(())
+}
+
+/// No rank offers a GPU without NCCL.
+#[cfg(not(feature = "nccl"))]
+fn join_gpus(_group: &Group, _computer: &Computer) -> Result<(), Failure> {
+    Ok(())
+}
+
 /// The processors that this process may run on, in the system's own notation, where it tells.
 #[cfg(feature = "mpi")]
 fn allowed_processors() -> String {
@@ -313,6 +398,17 @@ fn allowed_processors() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nccl_sums_where_every_rank_has_a_gpu_to_itself() {
+        let slot = |host: &str, slot| (host.to_owned(), slot);
+        let (one, other) = (Some([0, 1, 0]), Some([0, 2, 0]));
+        assert!(are_apart(&[slot("a", one), slot("a", other)]));
+        assert!(are_apart(&[slot("a", one), slot("b", one)]));
+        assert!(!are_apart(&[slot("a", one), slot("a", one)]));
+        assert!(!are_apart(&[slot("a", one), slot("b", None)]));
+        assert!(!are_apart(&[slot("a", None), slot("b", None)]));
+    }
 
     #[test]
     fn what_ends_a_rank_is_told_under_its_name() {

@@ -82,7 +82,10 @@ fn run(cli: &Cli, launch: Result<Launch, Failure>) -> Exit {
             false => launch.follow(cli, &reporter),
         });
     let told = |failure: &Failure| {
-        reporter.failure(name, failure);
+        match launch.must_speak() {
+            true => Reporter::new(&run_args).failure(name, failure),
+            false => reporter.failure(name, failure),
+        }
         failure.exit
     };
     // Before the others end, which may end this process too.

@@ -16,7 +16,7 @@ use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator, CommunicatorCollectives, Root};
 use thiserror::Error;
 
-use super::{EngineError, Ranks};
+use super::{EngineError, Ranks, in_even_parts};
 
 /// MPI, from its start to its end. Dropping it waits for the other ranks to end as well, without taking a core meanwhile.
 pub struct Mpi {
@@ -111,20 +111,10 @@ impl Ranks for Mpi {
     }
 
     fn sum(&self, values: &mut [f32]) -> Result<(), EngineError> {
-        let size = self.size();
-        for chunk in values.chunks_mut(CHUNK / size * size) {
-            let (even, rest) = chunk.split_at_mut(chunk.len() / size * size);
-            if !even.is_empty() {
-                self.sum_even(even);
-            }
-            if !rest.is_empty() {
-                let mut padded = vec![0.0; size];
-                padded[..rest.len()].copy_from_slice(rest);
-                self.sum_even(&mut padded);
-                rest.copy_from_slice(&padded[..rest.len()]);
-            }
-        }
-        Ok(())
+        in_even_parts(values, self.size(), CHUNK, |part| {
+            self.sum_even(part);
+            Ok(())
+        })
     }
 
     fn broadcast(&self, values: &mut [f32]) -> Result<(), EngineError> {
@@ -132,6 +122,10 @@ impl Ranks for Mpi {
             self.world.process_at_rank(0).broadcast_into(chunk);
         }
         Ok(())
+    }
+
+    fn abort(&self) {
+        self.world.abort(FAILED);
     }
 }
 
@@ -146,6 +140,9 @@ impl Drop for Mpi {
 
 /// Elements in one call: MPI counts in `int`, and its buffers grow with a call.
 const CHUNK: usize = 1 << 24;
+
+/// The exit code of a rank whose device failed, as the program's for its environment.
+const FAILED: i32 = 4;
 
 /// The exit code of a Rust program that panicked.
 const PANICKED: i32 = 101;

@@ -4,7 +4,11 @@
 
 use std::fmt;
 use std::str::FromStr;
+#[cfg(feature = "nccl")]
+use std::sync::Arc;
 
+#[cfg(feature = "nccl")]
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{DType, Tensor};
 use thiserror::Error;
 
@@ -179,6 +183,37 @@ impl Device {
         None
     }
 
+    /// How many NVIDIA GPUs this process may use.
+    pub fn gpus() -> usize {
+        #[cfg(feature = "cuda")]
+        if let Ok(count) = candle_core::cuda_backend::cudarc::driver::CudaContext::device_count() {
+            return usize::try_from(count).unwrap_or(0);
+        }
+        0
+    }
+
+    /// Where an NVIDIA GPU is plugged in: the PCI domain, bus and device, by which NCCL tells the GPUs of a machine apart.
+    #[cfg(feature = "nccl")]
+    pub fn slot(&self) -> Option<[i32; 3]> {
+        use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
+        let stream = self.stream()?;
+        let of = |attribute| stream.context().attribute(attribute).ok();
+        Some([
+            of(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+            of(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+            of(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?,
+        ])
+    }
+
+    /// The queue of an NVIDIA GPU's work.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn stream(&self) -> Option<Arc<CudaStream>> {
+        match &self.handle {
+            candle_core::Device::Cuda(cuda) => Some(cuda.cuda_stream()),
+            _ => None,
+        }
+    }
+
     /// Elements in f32.
     pub(super) fn upload(&self, values: &[f32], shape: &[usize]) -> candle_core::Result<Tensor> {
         Tensor::from_slice(values, shape, &self.handle)
@@ -197,7 +232,7 @@ impl Device {
     }
 
     /// What an operation on this device met.
-    pub(super) fn failed(&self, error: &candle_core::Error) -> DeviceError {
+    pub(crate) fn failed(&self, error: &candle_core::Error) -> DeviceError {
         DeviceError::of(self.name, error)
     }
 }
