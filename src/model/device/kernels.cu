@@ -1,8 +1,8 @@
 // What lies between matrix products on an NVIDIA GPU, each in one pass over its rows: norms, rotations, gates, attention's softmax, losses.
 //
-// In: f32 matrices, row-major and without gaps. Out: others. `fused.rs` compiles this by NVRTC when a device is opened and launches it: one
+// In: f32 matrices, row-major and without gaps. Out: others. `cuda.rs` compiles this by NVRTC when a device is opened and launches it: one
 // block of threads for each row, threads in steps of the block over its elements. Nothing but loops, barriers and shared memory is used,
-// so that `fused_tests.rs` can run the same source on the processor, by threads of its own, against candle's operations.
+// so that `host.cpp` can run the same source on the processor, by threads of its own, against candle's operations.
 //
 // Lengths are 32 bits and offsets 64: a matrix of logits has more than 2^31 bytes.
 
