@@ -12,7 +12,7 @@ use super::block::{Below, Layer, Saved, Scratch, Tokens};
 use super::config::{BlockConfig, Config};
 use super::device::DeviceError;
 use super::differentiable::Differentiable;
-use super::head::{Head, HeadScratch, LossSum, Objective, Predicted};
+use super::head::{Head, HeadScratch, LossSum, Objective, Predicted, Wanted};
 use super::kernels::attention::Pattern;
 use super::kernels::rope::Rotations;
 use super::linear::{Linear, Products, widen};
@@ -306,7 +306,7 @@ impl<'c> Decoder<'c> {
         cap: f64,
         gradient: &mut TargetTensors,
     ) -> Result<LossSum, PackError> {
-        self.forward_and_backward(point.into(), pack, Objective::NextToken { cap }, gradient)
+        Differentiable::capped_loss_and_gradient(self, point.into(), pack, cap, gradient)
     }
 
     /// What [`Self::divergence`] compares with: the final hidden states at the predicted positions, predictions x hidden.
@@ -349,12 +349,7 @@ impl<'c> Decoder<'c> {
         reference: &[f32],
         gradient: &mut TargetTensors,
     ) -> Result<LossSum, PackError> {
-        self.forward_and_backward(
-            point.into(),
-            pack,
-            Objective::Divergence { reference },
-            gradient,
-        )
+        Differentiable::divergence_and_gradient(self, point.into(), pack, reference, gradient)
     }
 
     /// The logits at each predicted position, predictions x vocab: for tests and for looking at small models.
@@ -369,28 +364,6 @@ impl<'c> Decoder<'c> {
         let x = self.forward(point.into(), pack, Pass::Forward)?;
         let (head, workspace) = self.head();
         Ok(head.all_logits(&workspace.inputs[x], pack, &mut workspace.head))
-    }
-
-    fn forward_and_backward(
-        &mut self,
-        point: Point<'_>,
-        pack: &Pack,
-        objective: Objective<'_>,
-        gradient: &mut TargetTensors,
-    ) -> Result<LossSum, PackError> {
-        let x = self.forward(point, pack, Pass::ForwardAndBackward)?;
-        let mut d = std::mem::take(&mut self.workspace.d);
-        let (head, workspace) = self.head();
-        let loss = head.loss(
-            &workspace.inputs[x],
-            pack,
-            objective,
-            Some(&mut d),
-            &mut workspace.head,
-        );
-        self.backward(point, pack, &mut d, gradient);
-        self.workspace.d = d;
-        Ok(loss)
     }
 
     /// Runs all blocks; returns which of the workspace's `inputs` holds the last block's output.
@@ -617,14 +590,25 @@ impl Differentiable for Decoder<'_> {
         let x = self.forward(point, pack, Pass::Forward)?;
         let (head, workspace) = self.head();
         let input = &workspace.inputs[x];
-        head.loss(input, pack, objective, None, &mut workspace.head);
+        head.losses(input, pack, objective, Wanted::Losses, &mut workspace.head);
         Ok(workspace.head.losses().to_vec())
     }
 
     fn predicted(&mut self, point: Point<'_>, pack: &Pack) -> Result<Vec<Predicted>, PackError> {
-        let objective = Objective::NextToken { cap: f64::INFINITY };
-        self.losses(point, pack, objective)?;
-        Ok(self.workspace.head.predicted())
+        let x = self.forward(point, pack, Pass::Forward)?;
+        let (head, workspace) = self.head();
+        let (input, objective) = (
+            &workspace.inputs[x],
+            Objective::NextToken { cap: f64::INFINITY },
+        );
+        head.losses(
+            input,
+            pack,
+            objective,
+            Wanted::Likeliest,
+            &mut workspace.head,
+        );
+        Ok(workspace.head.predicted())
     }
 
     fn losses_and_gradient(
@@ -634,7 +618,13 @@ impl Differentiable for Decoder<'_> {
         objective: Objective<'_>,
         gradient: &mut TargetTensors,
     ) -> Result<Vec<f64>, PackError> {
-        self.forward_and_backward(point, pack, objective, gradient)?;
+        let x = self.forward(point, pack, Pass::ForwardAndBackward)?;
+        let mut d = std::mem::take(&mut self.workspace.d);
+        let (head, workspace) = self.head();
+        let (input, wanted) = (&workspace.inputs[x], Wanted::Gradient(&mut d));
+        head.losses(input, pack, objective, wanted, &mut workspace.head);
+        self.backward(point, pack, &mut d, gradient);
+        self.workspace.d = d;
         Ok(self.workspace.head.losses().to_vec())
     }
 

@@ -91,6 +91,17 @@ pub enum Objective<'a> {
     },
 }
 
+/// What is wanted beside losses.
+#[derive(Debug)]
+pub(crate) enum Wanted<'d> {
+    /// Nothing.
+    Losses,
+    /// The most probable token of each predicted position ([`HeadScratch::predicted`]).
+    Likeliest,
+    /// The gradient of their sum with respect to the input, tokens x hidden, which takes the place of what is there.
+    Gradient(&'d mut Vec<f32>),
+}
+
 /// The final norm and the output matrix.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Head<'a> {
@@ -119,12 +130,12 @@ pub(crate) struct HeadScratch {
 }
 
 impl HeadScratch {
-    /// The loss of each predicted position in the last call of [`Head::loss`].
+    /// The loss of each predicted position in the last call of [`Head::losses`].
     pub(crate) fn losses(&self) -> &[f64] {
         &self.losses
     }
 
-    /// Each predicted position in the last call of [`Head::loss`], which was for [`Objective::NextToken`] without a gradient.
+    /// Each predicted position in the last call of [`Head::losses`], of which [`Wanted::Likeliest`] was wanted.
     pub(crate) fn predicted(&self) -> Vec<Predicted> {
         let each = self.losses.iter().zip(&self.likeliest);
         each.map(|(&loss, &likeliest)| Predicted { loss, likeliest })
@@ -142,16 +153,20 @@ pub struct Predicted {
 }
 
 impl Head<'_> {
-    /// The loss of `x` (tokens x hidden), whose parts stay in [`HeadScratch::losses`]; `d`, where given, is overwritten with its gradient (tokens
-    /// x hidden).
-    pub(crate) fn loss(
+    /// The losses of `x` (tokens x hidden), in [`HeadScratch::losses`], and what is wanted beside them.
+    pub(crate) fn losses(
         self,
         x: &[f32],
         pack: &Pack,
         objective: Objective<'_>,
-        d: Option<&mut Vec<f32>>,
+        wanted: Wanted<'_>,
         scratch: &mut HeadScratch,
-    ) -> LossSum {
+    ) {
+        let wants_likeliest = matches!(wanted, Wanted::Likeliest);
+        let d = match wanted {
+            Wanted::Gradient(d) => Some(d),
+            Wanted::Losses | Wanted::Likeliest => None,
+        };
         let (hidden, vocab) = (self.norm.len(), self.vocab());
         self.normalize(x, pack, scratch);
         let HeadScratch {
@@ -193,7 +208,7 @@ impl Head<'_> {
                         )
                     });
             }
-            if matches!(objective, Objective::NextToken { .. }) && !want_gradient {
+            if wants_likeliest {
                 likeliest.par_extend(logits.par_chunks_exact(vocab).map(first_of_largest));
             }
             let losses = &mut losses[range.clone()];
@@ -248,7 +263,6 @@ impl Head<'_> {
                 d[at..at + hidden].copy_from_slice(row);
             }
         }
-        LossSum::of_tokens(losses)
     }
 
     /// The final norm's output at each predicted position, predictions x hidden: all that the logits depend on.

@@ -9,7 +9,7 @@
 //! an end turns into nonsense, while the first word of an opening may still need a push. What in c would raise a guard (the
 //! task loss, the divergence on benign text) is projected out, and a share of the guard's own descent is added. Steps have a
 //! fixed length in the Euclidean geometry: Adam would spread the same length over all elements, where the useful direction
-//! has few. When greedy decoding begins to refuse enough held-back requests, or the steps are used up, repair steps descend the guards
+//! has few. When enough held-back requests would be refused ([`held_back`]), or the steps are used up, repair steps descend the guards
 //! without what opposes the contrast. If they undo the aim, the contrast goes on; once it has no steps left, the repair step that undoes it
 //! is taken back.
 
@@ -51,7 +51,7 @@ pub struct Adaptive {
     pub steps: usize,
     /// Rows of each set in a step.
     pub batch: usize,
-    /// Share of held-back requests that greedy decoding is to begin to refuse; contrast ends there.
+    /// Share of held-back requests that are to be refused; contrast ends there.
     pub aim: f64,
     /// Share of a contrast step's length that descends the guards.
     pub guard_share: f64,

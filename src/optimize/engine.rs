@@ -167,15 +167,19 @@ impl<'r> Batch<'r> {
         self.places.len()
     }
 
+    /// Tokens that all rows begin with and that stand in a pack once, if it `shares` them.
+    fn shared(&self, shares: bool) -> usize {
+        match shares {
+            true => common_beginning(self.rows()),
+            false => 0,
+        }
+    }
+
     /// The share of rank number `rank` of `size`: rows that follow each other, none or more. Shares are as even in tokens as whole rows allow.
     fn share(&self, rank: usize, size: usize, shares_beginnings: bool) -> Self {
-        let rows = self.rows();
-        let shared = match shares_beginnings {
-            true => common_beginning(rows.clone()),
-            false => 0,
-        };
+        let shared = self.shared(shares_beginnings);
         let own = |row: &EncodedRow| row.tokens.len() - shared;
-        let total: usize = rows.clone().map(own).sum();
+        let total: usize = self.rows().map(own).sum();
         let mut before = 0;
         // A row is of the rank in whose part of all tokens its middle lies.
         let is_of_rank = |place: &usize| {
@@ -191,10 +195,7 @@ impl<'r> Batch<'r> {
     /// The rows in order, cut into as few packs as can be, of about the same size, with what they begin with once in each if `shares`.
     fn packs(&self, shares: bool) -> Vec<Pack> {
         let rows = self.rows();
-        let shared = match shares {
-            true => common_beginning(rows.clone()),
-            false => 0,
-        };
+        let shared = self.shared(shares);
         let pack = |rows: &[&EncodedRow]| match shares {
             true => Pack::sharing(rows),
             false => Pack::of(rows.iter().copied()),

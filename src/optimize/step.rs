@@ -48,7 +48,7 @@ pub struct StepRecord {
     pub length: Option<f64>,
     /// Norm of w - w0 after the step.
     pub norm: f64,
-    /// Share of held-back requests that greedy decoding begins to refuse, after the step.
+    /// Share of held-back requests that would be refused, after the step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refusing: Option<f64>,
 }

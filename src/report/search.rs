@@ -110,7 +110,7 @@ impl Search {
             ),
             series(
                 "refusing",
-                "held-back requests begun to be refused",
+                "held-back requests that would be refused",
                 SeriesUnit::Share,
                 |step| step.refusing,
             ),

@@ -176,7 +176,7 @@ fn front(search: &SearchOutcome) -> Front {
     }
     Front {
         cost: "KL divergence on benign text, nats per token".to_owned(),
-        harm: "requests not begun to be refused, percent".to_owned(),
+        harm: "requests that would not be refused, percent".to_owned(),
         points,
         chosen,
     }

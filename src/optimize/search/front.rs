@@ -13,7 +13,7 @@ use super::super::radius::Budget;
 pub struct TrialPoint {
     /// The norm of the perturbation.
     pub rho: f64,
-    /// Share of the harmful requests that greedy decoding does not begin to refuse.
+    /// Share of the harmful requests that would not be refused.
     pub unrefused: f64,
     /// Mean of ln(1 + exp(r - h)) over the harmful requests, in nats: falls on where all are refused.
     pub doubt: f64,
