@@ -445,27 +445,59 @@ fn a_request_is_refused_where_generation_begins_as_some_refusal_does() {
 #[test]
 fn repair_that_undoes_the_aim_with_no_contrast_left_is_taken_back() {
     let tiny = Tiny::open();
-    let (mut rows, said) = said(&tiny);
-    rows.refusals = refused_with(&rows.harmful, &said);
-    let run = |repair_steps| {
-        let settings = Settings::Adaptive(Adaptive {
-            rho: Radius::Fixed(1e9),
-            steps: 1,
-            repair_steps,
-            // So far that nothing is said as before.
-            repair_length: 1e4,
-            step_length: Some(0.001),
-            ..adaptive()
-        });
-        tiny.run(&rows, &settings).expect("a perturbation")
-    };
-    let (without, with) = (run(0), run(2));
+    let (without, with) = (
+        undone(&tiny, Radius::Fixed(1e9), 0),
+        undone(&tiny, Radius::Fixed(1e9), 2),
+    );
     assert_eq!(with.steps.len(), 2, "it went on: {:?}", with.steps);
     assert_eq!(with.steps[1].phase, Phase::Repair);
     assert_eq!(with.steps[1].length, Some(0.0));
     assert_eq!(result(&without, "refusing_after"), 1.0);
     assert_eq!(result(&with, "refusing_after"), 1.0);
     assert_eq!(with.delta, without.delta);
+}
+
+/// Repair was taken back beyond the budget too, where the search for a radius then undid more than it had.
+#[test]
+fn repair_that_the_budget_asks_for_is_kept() {
+    let tiny = Tiny::open();
+    let of = |kl| {
+        undone(
+            &tiny,
+            Radius::Auto(Budget {
+                kl,
+                task: f64::INFINITY,
+            }),
+            2,
+        )
+    };
+    let lengths = |outcome: &Outcome| -> Vec<f64> {
+        outcome
+            .steps
+            .iter()
+            .filter_map(|step| step.length)
+            .collect()
+    };
+    let (ample, scarce) = (of(1e9), of(1e-5));
+    assert_eq!(lengths(&ample)[1..], [0.0]);
+    let repairs = &lengths(&scarce)[1..];
+    assert_eq!(repairs.len(), 2, "{repairs:?}");
+    assert!(repairs.iter().all(|&length| length > 0.0), "{repairs:?}");
+}
+
+/// A run whose one contrast step reaches the aim, and whose every repair step goes so far that nothing is said as before.
+fn undone(tiny: &Tiny, rho: Radius, repair_steps: usize) -> Outcome {
+    let (mut rows, said) = said(tiny);
+    rows.refusals = refused_with(&rows.harmful, &said);
+    let settings = Settings::Adaptive(Adaptive {
+        rho,
+        steps: 1,
+        repair_steps,
+        repair_length: 50.0,
+        step_length: Some(0.01),
+        ..adaptive()
+    });
+    tiny.run(&rows, &settings).expect("a perturbation")
 }
 
 #[test]

@@ -11,7 +11,7 @@
 //! fixed length in the Euclidean geometry: Adam would spread the same length over all elements, where the useful direction
 //! has few. When enough held-back requests would be refused ([`held_back`]), or the steps are used up, repair steps descend the guards
 //! without what opposes the contrast. If they undo the aim, the contrast goes on; once it has no steps left, the repair step that undoes it
-//! is taken back.
+//! is taken back, unless the point before it is beyond the budget: shrinking it would cost the aim more.
 
 mod guard;
 pub(super) mod held_back;
@@ -179,7 +179,7 @@ impl Harmful {
 /// Takes all steps.
 fn walk<'r>(
     engine: &mut Engine<'_, '_>,
-    (rows, harmful, mut learn, held_back): (&Rows, &'r Harmful, Vec<usize>, &'r HeldBack<'r>),
+    (rows, harmful, mut learn, held_back): (&'r Rows, &'r Harmful, Vec<usize>, &'r HeldBack<'r>),
     settings: &'r Adaptive,
     resumed: Option<State<'_>>,
 ) -> Result<(TargetTensors, Vec<StepRecord>), OptimizeError> {
@@ -192,6 +192,7 @@ fn walk<'r>(
     }
     let mut run = Run {
         settings,
+        rows,
         openings: &harmful.openings,
         refusals: &harmful.refusals,
         learn,
@@ -264,7 +265,7 @@ fn contrasts(steps: &[StepRecord]) -> usize {
     steps.iter().filter(contrast).count()
 }
 
-/// The length of a repair step that undid what the contrast had reached.
+/// The length of a repair step that undid what the contrast had reached within the budget.
 const TAKEN_BACK: Option<f64> = Some(0.0);
 
 fn repairs_in_a_row(steps: &[StepRecord]) -> usize {
@@ -278,6 +279,7 @@ fn repairs_in_a_row(steps: &[StepRecord]) -> usize {
 /// A run between two steps, and the buffers of one.
 struct Run<'r> {
     settings: &'r Adaptive,
+    rows: &'r Rows,
     openings: &'r [EncodedRow],
     refusals: &'r [EncodedRow],
     /// Places of the harmful rows that steps learn from, in their order.
@@ -307,7 +309,7 @@ impl Run<'_> {
                 let least = self.reached().min(self.settings.aim);
                 let refusing = self.measure(engine)?;
                 record.refusing = Some(refusing);
-                if refusing < least {
+                if refusing < least && !self.is_beyond_budget(engine, &before)? {
                     self.delta = before;
                     record.refusing = Some(self.reached());
                     record.length = TAKEN_BACK;
@@ -436,6 +438,19 @@ impl Run<'_> {
     fn reached(&self) -> f64 {
         let mut measured = self.steps.iter().rev().filter_map(|step| step.refusing);
         measured.next().unwrap_or(0.0)
+    }
+
+    /// Whether `delta` costs more than the result may, so that it would be shrunk.
+    fn is_beyond_budget(
+        &self,
+        engine: &mut Engine<'_, '_>,
+        delta: &TargetTensors,
+    ) -> Result<bool, OptimizeError> {
+        let Radius::Auto(budget) = self.settings.rho else {
+            return Ok(false);
+        };
+        let search = Search::new(engine, self.rows, budget)?;
+        Ok(!budget.allows(&search.measure(engine, delta, 1.0)?))
     }
 
     /// The stored weights plus delta.

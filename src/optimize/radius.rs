@@ -70,6 +70,13 @@ impl Default for Budget {
     }
 }
 
+impl Budget {
+    /// Whether `point` costs no more.
+    pub(super) fn allows(self, point: &RadiusPoint) -> bool {
+        point.kl <= self.kl && point.task.is_none_or(|rise| rise <= self.task)
+    }
+}
+
 /// What one radius costs.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
@@ -159,13 +166,11 @@ impl<'s> Search<'s> {
             None => START * engine.decoder.target_norm()?,
         };
         let mut tried = Vec::new();
-        let mut within =
-            |radius: f64| -> Result<bool, OptimizeError> {
-                let point = self.measure(engine, unit, radius)?;
-                tried.push(point);
-                Ok(point.kl <= self.budget.kl
-                    && point.task.is_none_or(|rise| rise <= self.budget.task))
-            };
+        let mut within = |radius: f64| -> Result<bool, OptimizeError> {
+            let point = self.measure(engine, unit, radius)?;
+            tried.push(point);
+            Ok(self.budget.allows(&point))
+        };
         let mut inside = None;
         let mut outside = None;
         let mut radius = start;
