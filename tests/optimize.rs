@@ -7,9 +7,7 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 
-use panacea_patch::model::{
-    Config, Decoder, EncodedRow, Generation, Pack, Point, TargetSelection, TargetTensors,
-};
+use panacea_patch::model::{EncodedRow, Generation, Pack, Point, TargetTensors};
 use panacea_patch::optimize::{
     Adaptive, Budget, FinalEps, Observer, OptimizeError, Outcome, Panacea, Part, Phase, Radius,
     Random, Rows, Settings, State, StepRecord, Unobserved, optimize,
@@ -17,60 +15,13 @@ use panacea_patch::optimize::{
 
 #[expect(dead_code, reason = "the decoder's own tests use the rest")]
 mod common;
+#[path = "common/tiny.rs"]
+mod tiny;
 use common::{Stored, oracle};
+use tiny::{Tiny, rows, rows_of};
 
-/// The tiny checkpoint that all runs are on.
-struct Tiny {
-    stored: Stored,
-    config: Config,
-}
-
-impl Tiny {
-    fn open() -> Self {
-        let folder = oracle("llama-tied");
-        let text = std::fs::read_to_string(folder.join("config.json")).expect("a config");
-        Self {
-            stored: Stored::open(&folder.join("model.safetensors")),
-            config: Config::parse(&text).expect("a supported config"),
-        }
-    }
-
-    fn decoder(&self, targets: &str) -> Decoder<'_> {
-        let selection: TargetSelection = targets.parse().expect("names");
-        Decoder::new(self.config.clone(), self.stored.views(), &selection).expect("a decoder")
-    }
-
-    fn run(&self, rows: &Rows, settings: &Settings) -> Result<Outcome, OptimizeError> {
-        let mut decoder = self.decoder("q_proj,k_proj,v_proj");
-        optimize(&mut decoder, rows, settings, None, &mut Unobserved)
-    }
-}
-
-fn rows_of(name: &str) -> Vec<EncodedRow> {
-    common::rows(&oracle("optimizer").join(name))
-}
-
-/// Rows for the adaptive method: the harmful ones again, answered with the task's tokens, stand for refusals.
-fn rows() -> Rows {
-    let harmful = rows_of("harmful.json");
-    let refusals = harmful
-        .iter()
-        .map(|row| EncodedRow {
-            tokens: row
-                .tokens
-                .iter()
-                .zip(&row.in_loss)
-                .map(|(&t, &marked)| if marked { (t + 31) % 97 } else { t })
-                .collect(),
-            in_loss: row.in_loss.clone(),
-        })
-        .collect();
-    Rows {
-        harmful,
-        refusals,
-        task: rows_of("task-likely.json"),
-        benign: rows_of("task.json"),
-    }
+fn run(tiny: &Tiny, rows: &Rows, settings: &Settings) -> Result<Outcome, OptimizeError> {
+    optimize(&mut tiny.decoder(), rows, settings, None, &mut Unobserved)
 }
 
 fn result(outcome: &Outcome, name: &str) -> f64 {
@@ -135,7 +86,7 @@ fn the_papers_method_follows_pytorch_step_by_step() {
                 },
                 part,
             });
-            let mut decoder = tiny.decoder(&targets.join(","));
+            let mut decoder = tiny.decoder_of(&targets.join(","));
             let outcome = optimize(&mut decoder, &rows, &settings, None, &mut Unobserved)
                 .expect("an outcome");
 
@@ -195,7 +146,7 @@ fn the_sum_is_its_parts() {
             part,
             ..Panacea::default()
         };
-        tiny.run(&rows(), &Settings::Panacea(settings))
+        run(&tiny, &rows(), &Settings::Panacea(settings))
             .expect("an outcome")
             .delta
     };
@@ -229,7 +180,7 @@ fn runs_are_the_same_bits_on_any_number_of_threads() {
                 .build()
                 .expect("a pool");
             let outcome = pool
-                .install(|| tiny.run(&rows(), &settings))
+                .install(|| run(&tiny, &rows(), &settings))
                 .expect("an outcome");
             (outcome.delta, outcome.steps, outcome.results)
         };
@@ -274,9 +225,9 @@ fn a_resumed_run_ends_with_the_same_bits() {
         ),
         (Settings::Adaptive(adaptive()), 4),
     ] {
-        let whole = tiny.run(&rows(), &settings).expect("an outcome");
+        let whole = run(&tiny, &rows(), &settings).expect("an outcome");
         for after in 1..=last {
-            let mut decoder = tiny.decoder("q_proj,k_proj,v_proj");
+            let mut decoder = tiny.decoder();
             let mut stop = StopAfter {
                 after,
                 state: RefCell::default(),
@@ -311,7 +262,7 @@ fn a_state_of_other_targets_is_refused() {
             ("along".to_owned(), Cow::Owned(TargetTensors::default())),
         ],
     };
-    let mut decoder = tiny.decoder("q_proj");
+    let mut decoder = tiny.decoder_of("q_proj");
     let refused = optimize(
         &mut decoder,
         &rows(),
@@ -331,9 +282,7 @@ fn the_adaptive_method_makes_refusals_likelier_and_openings_less_likely_inside_i
         batch: 4,
         ..adaptive()
     };
-    let outcome = tiny
-        .run(&rows, &Settings::Adaptive(settings))
-        .expect("an outcome");
+    let outcome = run(&tiny, &rows, &Settings::Adaptive(settings)).expect("an outcome");
     let norm = outcome.delta.norm();
     assert!(norm > 0.05 && norm <= 0.3 * (1.0 + 1e-6), "{norm}");
     let contrasts = outcome
@@ -345,11 +294,11 @@ fn the_adaptive_method_makes_refusals_likelier_and_openings_less_likely_inside_i
         rho: Radius::Fixed(norm),
         seed: 1,
     });
-    let noise = tiny.run(&rows, &noise).expect("an outcome");
+    let noise = run(&tiny, &rows, &noise).expect("an outcome");
     assert!((noise.delta.norm() - norm).abs() < 1e-6);
 
     // How much a perturbation changes the mean loss of some rows. Weights are random, so held-back rows say nothing here.
-    let mut decoder = tiny.decoder("q_proj,k_proj,v_proj");
+    let mut decoder = tiny.decoder();
     let w0 = decoder.target_values().expect("finite weights");
     let mut change = |delta: &TargetTensors, rows: &[EncodedRow]| {
         let pack = Pack::of(rows);
@@ -376,7 +325,7 @@ fn said(tiny: &Tiny) -> (Rows, Vec<Vec<u32>>) {
     // Fewer than four, so that all are measured.
     rows.harmful.truncate(3);
     let prompts: Vec<Vec<u32>> = rows.harmful.iter().map(prompt).collect();
-    let mut decoder = tiny.decoder("q_proj");
+    let mut decoder = tiny.decoder_of("q_proj");
     let said = decoder.generate(Point::stored(), &prompts, &Generation::of(3));
     (rows, said.expect("tokens"))
 }
@@ -405,7 +354,7 @@ fn refused_with(rows: &[EncodedRow], words: &[Vec<u32>]) -> Vec<EncodedRow> {
 fn a_request_is_refused_where_generation_begins_as_some_refusal_does() {
     let tiny = Tiny::open();
     let (mut rows, said) = said(&tiny);
-    let mut decoder = tiny.decoder("q_proj");
+    let mut decoder = tiny.decoder_of("q_proj");
     // A refusal of each request: in the words said to the next one, or, but for the first, in those words with another among them.
     for changed in [None, Some(0), Some(1), Some(2)] {
         let words = |place: usize| {
@@ -422,7 +371,7 @@ fn a_request_is_refused_where_generation_begins_as_some_refusal_does() {
             repair_steps: 0,
             ..adaptive()
         });
-        let outcome = tiny.run(&rows, &settings).expect("a perturbation");
+        let outcome = run(&tiny, &rows, &settings).expect("a perturbation");
         let mut likelier = |place: usize| {
             let mut loss = |row: &EncodedRow| {
                 let mut pack = Pack::of([row]);
@@ -497,13 +446,13 @@ fn undone(tiny: &Tiny, rho: Radius, repair_steps: usize) -> Outcome {
         step_length: Some(0.01),
         ..adaptive()
     });
-    tiny.run(&rows, &settings).expect("a perturbation")
+    run(tiny, &rows, &settings).expect("a perturbation")
 }
 
 #[test]
 fn a_token_above_the_cap_is_left_alone() {
     let tiny = Tiny::open();
-    let mut decoder = tiny.decoder("q_proj");
+    let mut decoder = tiny.decoder_of("q_proj");
     let w = decoder.target_values().expect("finite weights");
     let rows = rows_of("harmful.json");
     let pack = Pack::of(&rows);
@@ -543,7 +492,7 @@ fn a_radius_that_is_searched_for_keeps_to_its_budget_and_nearly_uses_it() {
         rho: Radius::Auto(budget),
         ..Panacea::default()
     });
-    let outcome = tiny.run(&rows(), &settings).expect("an outcome");
+    let outcome = run(&tiny, &rows(), &settings).expect("an outcome");
     let rho = result(&outcome, "rho");
     let at = outcome
         .radii
@@ -562,7 +511,7 @@ fn a_radius_that_is_searched_for_keeps_to_its_budget_and_nearly_uses_it() {
 fn sets_that_are_needed_and_empty_are_named() {
     let tiny = Tiny::open();
     let refused = |rows: Rows, settings: Settings| {
-        tiny.run(&rows, &settings)
+        run(&tiny, &rows, &settings)
             .expect_err("a refusal")
             .to_string()
     };

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 
-use panacea_patch::model::{Config, Decoder, EncodedRow, TargetSelection, TargetTensors};
+use panacea_patch::model::TargetTensors;
 use panacea_patch::optimize::{
     Adaptive, Budget, Observer, OptimizeError, Outcome, Panacea, Radius, Rows, SearchSettings,
     Settings, Space, State, StepRecord, Unobserved, optimize_among, search_among,
@@ -16,7 +16,9 @@ use panacea_patch::resume;
 
 #[expect(dead_code, reason = "the decoder's own tests use the rest")]
 mod common;
-use common::{Stored, oracle};
+#[path = "common/tiny.rs"]
+mod tiny;
+use tiny::{Tiny, rows};
 
 /// Ranks that meet in memory.
 #[derive(Clone)]
@@ -91,43 +93,6 @@ impl Ranks for Threads {
 
     fn abort(&self) {
         panic!("rank {} failed in a sum", self.rank);
-    }
-}
-
-/// The tiny checkpoint that all runs are on.
-struct Tiny {
-    stored: Stored,
-    config: Config,
-}
-
-impl Tiny {
-    fn open() -> Self {
-        let folder = oracle("llama-tied");
-        let text = std::fs::read_to_string(folder.join("config.json")).expect("a config");
-        Self {
-            stored: Stored::open(&folder.join("model.safetensors")),
-            config: Config::parse(&text).expect("a supported config"),
-        }
-    }
-
-    fn decoder(&self) -> Decoder<'_> {
-        let selection: TargetSelection = "q_proj,k_proj,v_proj".parse().expect("names");
-        Decoder::new(self.config.clone(), self.stored.views(), &selection).expect("a decoder")
-    }
-}
-
-fn rows() -> Rows {
-    let of = |name: &str| common::rows(&oracle("optimizer").join(name));
-    let harmful = of("harmful.json");
-    let answer = |row: &EncodedRow| EncodedRow {
-        tokens: row.tokens.iter().map(|&token| (token + 31) % 97).collect(),
-        in_loss: row.in_loss.clone(),
-    };
-    Rows {
-        refusals: harmful.iter().map(answer).collect(),
-        harmful,
-        task: of("task-likely.json"),
-        benign: of("task.json"),
     }
 }
 
