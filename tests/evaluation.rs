@@ -268,3 +268,76 @@ fn results_in_a_file_can_be_compared_with() {
         assert_eq!(measure["change"]["value"].as_f64(), Some(0.0), "{measure}");
     }
 }
+
+/// Results carried neither what was asked nor who told refusals: any two with as many rows were paired.
+#[test]
+fn results_of_other_requests_are_not_compared_with() {
+    let sandbox = Sandbox::new();
+    with_rows(&sandbox);
+    let rows = fs::read_to_string(sandbox.path("ask.jsonl")).unwrap();
+    let turned: Vec<&str> = rows.lines().rev().collect();
+    fs::write(sandbox.path("turned.jsonl"), turned.join("\n")).unwrap();
+    let asked = |rows: &str, tokens: usize| {
+        format!("eval my-finetune --harmful {rows} --harmless h.jsonl --max-new-tokens {tokens}")
+    };
+    sandbox.run(&format!("{} -o before.json", asked("ask.jsonl", 4)));
+    sandbox.run(&format!("{} --against before.json", asked("ask.jsonl", 4)));
+    for (rows, tokens) in [("turned.jsonl", 4), ("ask.jsonl", 5)] {
+        let (code, report) = report(
+            &sandbox,
+            &format!("{} --against before.json", asked(rows, tokens)),
+        );
+        assert_eq!(code, 3, "{rows}, {tokens} tokens");
+        let because = report["error"]["because"].as_str().unwrap();
+        assert!(because.starts_with("`hs` is of other rows"), "{because}");
+    }
+}
+
+/// A judge of harm finds none in an answer that helps with a harmless request, and every such answer was counted as a refusal.
+#[test]
+fn refusals_of_harmless_requests_are_told_by_phrases_whoever_judges_harm() {
+    let sandbox = Sandbox::new();
+    with_rows(&sandbox);
+    let judge = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/seqcls");
+    let judged = |judge: &str| {
+        let asked =
+            "eval my-finetune --harmful ask.jsonl --harmless harmless.jsonl --max-new-tokens 8";
+        let report = report(&sandbox, &format!("{asked} --judge {judge}")).1;
+        let figures = report["found"]["scores"]["figures"].as_array().unwrap();
+        let of = |measure: &str| {
+            let figure = figures.iter().find(|figure| figure["measure"] == measure);
+            figure
+                .unwrap_or_else(|| panic!("no {measure} in {figures:?}"))
+                .clone()
+        };
+        [of("hs"), of("over_refusal")]
+    };
+    let [_, of_phrases] = judged("keyword");
+    let [harm, of_classifier] = judged(&format!("seqcls:{}", judge.display()));
+    assert!(harm["judge"].as_str().unwrap().starts_with("seqcls:"));
+    assert_eq!(of_classifier, of_phrases);
+    assert_eq!(of_phrases["judge"], "keyword:panacea");
+}
+
+/// It was ignored.
+#[test]
+fn the_name_of_a_servers_model_needs_a_server() {
+    let sandbox = Sandbox::new();
+    for flag in ["--endpoint-model x", "--concurrency 2"] {
+        let (code, report) = report(&sandbox, &format!("eval my-finetune {flag}"));
+        assert_eq!(code, 2, "{report}");
+        assert_eq!(report["error"]["because"], "no server is asked");
+    }
+}
+
+#[test]
+fn githubs_page_gets_the_summary() {
+    let sandbox = Sandbox::new();
+    let words = "eval my-finetune --harmful h.jsonl --max-new-tokens 4 --gate hs<=100 --quiet";
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let mut command = sandbox.program(&words);
+    command.env("GITHUB_STEP_SUMMARY", sandbox.path("page.md"));
+    assert!(command.status().expect("the program runs").success());
+    let page = fs::read_to_string(sandbox.path("page.md")).unwrap();
+    assert!(page.contains("**The gate is met.**"), "{page}");
+}

@@ -111,12 +111,14 @@ impl Asked {
                 let server = of_server(args, address)?;
                 Who::Server(address.to_string(), Box::new(server))
             }
-            (None, Some(_)) if args.endpoint.concurrency.is_some() => {
-                return Err(Failure::usage("`--concurrency` has no effect here")
-                    .because("no server is asked")
-                    .hint("pass --endpoint, or leave it out"));
+            (None, Some(path)) => {
+                if let Some(flag) = args.endpoint.first_without_server() {
+                    return Err(Failure::usage(format!("`{flag}` has no effect here"))
+                        .because("no server is asked")
+                        .hint("pass --endpoint, or leave it out"));
+                }
+                Who::Model(open(path, args.base.path.as_deref())?)
             }
-            (None, Some(path)) => Who::Model(open(path, args.base.path.as_deref())?),
             (None, None) => {
                 return Err(
                     Failure::usage("no model is given").hint("see `panacea-patch eval --help`")

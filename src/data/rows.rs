@@ -84,6 +84,21 @@ impl Dialogue {
         }
     }
 
+    /// All that is said, in order.
+    pub fn texts(&self) -> Vec<&str> {
+        match self {
+            Self::Single { request, response } => {
+                let request = [Some(request.text.as_str()), request.input.as_deref()];
+                request
+                    .into_iter()
+                    .flatten()
+                    .chain([response.as_str()])
+                    .collect()
+            }
+            Self::Turns(turns) => turns.iter().map(|turn| turn.content.as_str()).collect(),
+        }
+    }
+
     /// The same dialogue up to its first answer, with `response` in that answer's place.
     pub fn answered_with(&self, response: &str) -> Self {
         match self {

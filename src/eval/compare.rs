@@ -320,11 +320,7 @@ mod tests {
     }
 
     fn means(rows: &[f64]) -> Figure {
-        Figure {
-            measure: Measure::HarmfulLoss,
-            rows: rows.to_vec(),
-            weights: Vec::new(),
-        }
+        Figure::per_token(Measure::HarmfulLoss, rows.iter().map(|&row| (row, 1)))
     }
 
     // python: scipy.stats.binomtest(k, n, 0.5).pvalue

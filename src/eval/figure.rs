@@ -104,11 +104,6 @@ impl Measure {
         matches!(self.unit(), Unit::Percent)
     }
 
-    /// Whether a judge's verdicts decide it.
-    pub const fn is_judged(self) -> bool {
-        matches!(self, Self::Hs | Self::HsPlus | Self::OverRefusal)
-    }
-
     /// `value`, which is in this measure's unit, as people read it: four significant digits, and the sign of percent.
     pub fn written(self, value: f64) -> String {
         match self.unit() {
@@ -226,18 +221,21 @@ pub struct Figure {
     /// What each row weighs in the mean, such as its tokens; empty where all weigh the same, as in a share.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub weights: Vec<f64>,
+    /// The judge whose verdicts decide it; empty where none does.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub judge: String,
+    /// A digest of what was asked, in the rows' order: it tells sets apart. Empty where nobody says.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub asked: String,
 }
 
 impl Figure {
     /// The share of `hits` among all rows.
     pub fn share(measure: Measure, hits: impl IntoIterator<Item = bool>) -> Self {
+        let value = |hit| f64::from(u8::from(hit));
         Self {
-            measure,
-            rows: hits
-                .into_iter()
-                .map(|hit| f64::from(u8::from(hit)))
-                .collect(),
-            weights: Vec::new(),
+            rows: hits.into_iter().map(value).collect(),
+            ..Self::empty(measure)
         }
     }
 
@@ -249,9 +247,38 @@ impl Figure {
             .map(|(mean, tokens)| (mean, tokens as f64))
             .unzip();
         Self {
-            measure,
             rows,
             weights,
+            ..Self::empty(measure)
+        }
+    }
+
+    /// One without rows.
+    fn empty(measure: Measure) -> Self {
+        Self {
+            measure,
+            rows: Vec::new(),
+            weights: Vec::new(),
+            judge: String::new(),
+            asked: String::new(),
+        }
+    }
+
+    /// The same, decided by the verdicts of `judge`.
+    #[must_use]
+    pub fn judged_by(self, judge: impl Into<String>) -> Self {
+        Self {
+            judge: judge.into(),
+            ..self
+        }
+    }
+
+    /// The same, of rows that the digest `asked` tells from others.
+    #[must_use]
+    pub fn of(self, asked: impl Into<String>) -> Self {
+        Self {
+            asked: asked.into(),
+            ..self
         }
     }
 
@@ -425,9 +452,8 @@ mod tests {
 
     fn means(rows: &[f64]) -> Figure {
         Figure {
-            measure: Measure::Kl,
             rows: rows.to_vec(),
-            weights: Vec::new(),
+            ..Figure::empty(Measure::Kl)
         }
     }
 

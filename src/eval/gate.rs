@@ -338,7 +338,7 @@ mod tests {
 
     fn judged(complied: usize, n: usize) -> Scores {
         let outcomes = (0..n).map(|row| if row < complied { Complied } else { Refused });
-        Scores::new("m").with_harmful("keyword:heretic", outcomes.collect())
+        Scores::new("m").with_harmful("keyword:heretic", "", outcomes.collect())
     }
 
     fn right(hits: usize, n: usize) -> Figure {
@@ -346,11 +346,7 @@ mod tests {
     }
 
     fn divergence(rows: &[f64]) -> Figure {
-        Figure {
-            measure: Measure::Kl,
-            rows: rows.to_vec(),
-            weights: Vec::new(),
-        }
+        Figure::per_token(Measure::Kl, rows.iter().map(|&row| (row, 1)))
     }
 
     fn check(gate: &str, scores: &Scores, against: Option<&Scores>) -> Verdict {
@@ -435,7 +431,7 @@ mod tests {
             Obstacle::Incomparable(ChangeError::Compare(_))
         ));
         let unjudged: Vec<Outcome> = vec![Invalid; 5];
-        let unjudged = Scores::new("m").with_harmful("keyword:heretic", unjudged);
+        let unjudged = Scores::new("m").with_harmful("keyword:heretic", "", unjudged);
         assert_eq!(
             obstacle(check("hs<=5", &unjudged, None)),
             Obstacle::Figure {

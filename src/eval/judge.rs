@@ -121,6 +121,11 @@ pub trait Judge {
     /// Its name with whatever decides its verdicts, such as `keyword:heretic`.
     fn name(&self) -> String;
 
+    /// The phrases that tell whether a harmless request was refused, which no judge of harm tells.
+    fn refusals(&self) -> KeywordList {
+        KeywordList::default()
+    }
+
     /// Judges each of `exchanges`, in any order.
     ///
     /// # Errors

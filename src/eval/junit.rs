@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn the_document_is_this_one() {
-        let scores = Scores::new("m").with_harmful("keyword:heretic", vec![Complied, Refused]);
+        let scores = Scores::new("m").with_harmful("keyword:heretic", "", vec![Complied, Refused]);
         let verdicts = ["hs<=5", "hs<=60%", "fa>=-1%"].map(|gate| {
             let gate: Gate = gate.parse().unwrap();
             gate.check(&scores, None)

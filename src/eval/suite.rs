@@ -3,6 +3,7 @@
 //! In: a [`Suite`] of requests and rows, a judge, and a [`Subject`], which is a decoder here or a server. Out: [`Scores`], with a value for each
 //! row, so that another checkpoint's on the same suite can be held against them. What is done is kept in a [`Journal`], row by row.
 
+use std::fmt::Display;
 use std::ops::ControlFlow;
 
 use thiserror::Error;
@@ -10,7 +11,7 @@ use thiserror::Error;
 use super::answer::{Answer, Answerer, Local};
 use super::figure::{Figure, Measure};
 use super::journal::{Journal, JournalError, Take};
-use super::judge::{Exchange, Judge, Outcome};
+use super::judge::{Exchange, Judge, KeywordJudge, Outcome};
 use super::measure::{DivergenceError, divergences, losses};
 use super::scores::Scores;
 use super::task::{Grading, right};
@@ -107,13 +108,20 @@ impl Suite {
         if !self.harmful.is_empty() {
             let answers = subject.answers(&self.harmful, limit, "harmful", journal, watch)?;
             let outcomes = outcomes(judge, &self.harmful, &answers, journal, watch)?;
-            found.scores = found.scores.with_harmful(judge.name(), outcomes);
+            let asked = asked(requests(&self.harmful), &[&limit]);
+            found.scores = found.scores.with_harmful(judge.name(), &asked, outcomes);
             found.harmful = answers;
         }
         if !self.harmless.is_empty() {
             let answers = subject.answers(&self.harmless, limit, "harmless", journal, watch)?;
-            let outcomes = outcomes(judge, &self.harmless, &answers, journal, watch)?;
-            found.scores = found.scores.with_harmless(judge.name(), &outcomes);
+            // A judge of harm finds none in an answer that refuses and none in one that helps.
+            let mut phrases = KeywordJudge::new(judge.refusals());
+            let outcomes = outcomes(&mut phrases, &self.harmless, &answers, journal, watch)?;
+            let refused = outcomes.iter().map(|&outcome| outcome == Outcome::Refused);
+            let figure = Figure::share(Measure::OverRefusal, refused)
+                .judged_by(phrases.name())
+                .of(asked(requests(&self.harmless), &[&limit]));
+            found.scores = found.scores.with(figure);
             found.harmless = answers.into_iter().zip(outcomes).collect();
         }
         if let Some(task) = &self.task {
@@ -125,7 +133,9 @@ impl Suite {
                 .iter()
                 .zip(items)
                 .map(|(answer, item)| right(task.grading, item.first_answer(), &answer.text));
-            found.scores = found.scores.with(Figure::share(Measure::Fa, graded));
+            let figure = Figure::share(Measure::Fa, graded)
+                .of(asked(dialogues(&task.items), &[&limit, &task.grading]));
+            found.scores = found.scores.with(figure);
             found.task = answers;
         }
         if let Subject::Decoder(computed) = &mut subject {
@@ -138,7 +148,7 @@ impl Suite {
             ] {
                 if !rows.is_empty() {
                     let figure = computed.losses(measure, set, rows, journal, watch)?;
-                    found.scores = found.scores.with(figure);
+                    found.scores = found.scores.with(figure.of(asked(dialogues(rows), &[])));
                 }
             }
         }
@@ -173,7 +183,8 @@ impl Suite {
                 )?)
             })
         })?;
-        Ok(per_token(Measure::Kl, means, &rows))
+        let asked = asked(dialogues(&self.benign), &[]);
+        Ok(per_token(Measure::Kl, means, &rows).of(asked))
     }
 }
 
@@ -277,6 +288,27 @@ fn in_stretches(
 fn per_token(measure: Measure, means: Vec<f64>, rows: &[EncodedRow]) -> Figure {
     let tokens = rows.iter().map(EncodedRow::predicted);
     Figure::per_token(measure, means.into_iter().zip(tokens))
+}
+
+/// Tells what is asked from what else might be, whatever tokenizer and template it is put in: a digest of `texts` and of what else counts.
+fn asked<'t>(texts: impl Iterator<Item = &'t str>, settings: &[&dyn Display]) -> String {
+    let mut bytes = Vec::new();
+    let mut add = |text: &str| {
+        bytes.extend((text.len() as u64).to_le_bytes());
+        bytes.extend(text.bytes());
+    };
+    texts.for_each(&mut add);
+    settings.iter().for_each(|it| add(&it.to_string()));
+    panacea_formats::Sha256::of(&bytes).to_string()
+}
+
+fn requests(rows: &[Request]) -> impl Iterator<Item = &str> {
+    rows.iter()
+        .flat_map(|row| [row.text.as_str(), row.input.as_deref().unwrap_or_default()])
+}
+
+fn dialogues(rows: &[Example]) -> impl Iterator<Item = &str> {
+    rows.iter().flat_map(|row| row.dialogue.texts())
 }
 
 /// Tells rows of tokens apart.

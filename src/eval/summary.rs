@@ -36,6 +36,16 @@ pub fn summary(scores: &Scores, comparison: Option<&Comparison>, verdicts: &[Ver
     if !scores.judge.is_empty() {
         notes.push(format!("Judge: {}.", escaped(&scores.judge)));
     }
+    let of_refusals = scores.figure(Measure::OverRefusal);
+    if let Some(judge) = of_refusals
+        .map(|figure| &figure.judge)
+        .filter(|&judge| *judge != scores.judge)
+    {
+        notes.push(format!(
+            "Refusals of harmless requests: {}.",
+            escaped(judge)
+        ));
+    }
     notes.push("In brackets: 95% intervals.".to_owned());
     parts.push(notes.join(" "));
     parts.join("\n\n") + "\n"
@@ -156,16 +166,12 @@ mod tests {
 
     fn scores(model: &str, complied: usize) -> Scores {
         let outcomes = (0..40).map(|row| if row < complied { Complied } else { Refused });
-        Scores::new(model).with_harmful("keyword:heretic", outcomes.collect())
+        Scores::new(model).with_harmful("keyword:heretic", "", outcomes.collect())
     }
 
     #[test]
     fn two_checkpoints_stand_side_by_side() {
-        let kl = Figure {
-            measure: Measure::Kl,
-            rows: vec![0.25; 3],
-            weights: Vec::new(),
-        };
+        let kl = Figure::per_token(Measure::Kl, [(0.25, 1); 3]);
         let (before, after) = (scores("a|b", 40), scores("a_b", 1).with(kl));
         let verdicts = ["hs<=5", "fa>=-1%"].map(|gate| {
             let gate: Gate = gate.parse().unwrap();

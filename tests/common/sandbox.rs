@@ -62,6 +62,7 @@ impl Sandbox {
             .env("PATH", path_with_program())
             .env("HOME", self.directory.path())
             .env_remove("SOURCE_DATE_EPOCH")
+            .env_remove("GITHUB_STEP_SUMMARY")
             .env("COLUMNS", "100")
             .stdin(Stdio::null())
             .output()
@@ -91,6 +92,7 @@ impl Sandbox {
             .args(arguments)
             .current_dir(self.directory.path())
             .env_remove("SOURCE_DATE_EPOCH")
+            .env_remove("GITHUB_STEP_SUMMARY")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

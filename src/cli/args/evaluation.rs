@@ -116,7 +116,7 @@ pub(crate) struct EndpointArgs {
     pub(crate) endpoint: Option<Address>,
 
     /// Which of the server's models answers [default: the server's choice].
-    #[arg(long, value_name = "NAME", requires = "endpoint")]
+    #[arg(long, value_name = "NAME")]
     pub(crate) endpoint_model: Option<String>,
 
     /// Requests on their way at once [default: 8].
@@ -174,6 +174,18 @@ fn gate(text: &str) -> Result<Gate, String> {
         let hint = error.hint().map(|hint| format!("; {hint}"));
         format!("{error}{}", hint.unwrap_or_default())
     })
+}
+
+impl EndpointArgs {
+    /// The first flag of a server that was given where no server was.
+    pub(crate) fn first_without_server(&self) -> Option<&'static str> {
+        [
+            ("--endpoint-model", self.endpoint_model.is_some()),
+            ("--concurrency", self.concurrency.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(flag, given)| (given && self.endpoint.is_none()).then_some(flag))
+    }
 }
 
 impl JudgingArgs {

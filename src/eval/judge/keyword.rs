@@ -121,6 +121,10 @@ impl Judge for KeywordJudge {
         format!("keyword:{}", self.list)
     }
 
+    fn refusals(&self) -> KeywordList {
+        self.list
+    }
+
     fn judge(&mut self, exchanges: &[Exchange<'_>], each: &mut Each<'_>) -> Result<(), JudgeError> {
         for (index, exchange) in exchanges.iter().enumerate() {
             let outcome = self.list.outcome(exchange.answer);
