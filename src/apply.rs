@@ -50,7 +50,7 @@ pub struct ApplySettings {
 }
 
 impl Default for ApplySettings {
-    /// At full strength, to the nearest value, every tensor in its own type, and at least [`LEAST_REALIZED`] of it.
+    /// At full strength, rounded by chance, every tensor in its own type, and at least [`LEAST_REALIZED`] of it.
     fn default() -> Self {
         Self {
             strength: Strength::default(),

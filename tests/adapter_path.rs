@@ -33,7 +33,7 @@ fn every_method_patches_an_adapter_and_verify_and_inspect_accept_it() {
         ("merged", "--method panacea --harmful h.jsonl --merge"),
         (
             "merged-control",
-            "--method random --rho 0.5 --merge --rounding stochastic --seed 3",
+            "--method random --rho 0.5 --merge --seed 3",
         ),
     ] {
         sandbox.run(&format!(

@@ -15,7 +15,7 @@ use panacea_formats::{
     Overwrite, Perturbation, PerturbationRecord, Space, describe_base, write_perturbation,
 };
 use panacea_patch::apply::{
-    Applied, ApplyError, ApplySettings, Merge, MergeError, Strength, Wanted, apply, merge,
+    Applied, ApplyError, ApplySettings, Merge, MergeError, Rounding, Strength, Wanted, apply, merge,
 };
 use panacea_patch::model::{AdapterModule, Config, Decoder, Pack, TargetSelection, TargetTensors};
 use panacea_patch::optimize::{
@@ -334,7 +334,12 @@ fn a_base_in_bf16_is_merged_within_one_rounding_of_peft() {
         );
         let noise = case.noise(1.0);
         let out = root.path().join("out");
-        merged(&case, &base, &wanted(&noise), at_strength(0.0), &out).unwrap();
+        // PEFT rounds to nearest.
+        let settings = ApplySettings {
+            rounding: Rounding::Nearest,
+            ..at_strength(0.0)
+        };
+        merged(&case, &base, &wanted(&noise), settings, &out).unwrap();
         let ours = fs::read(out.join("model.safetensors")).unwrap();
         let ours = SafeTensors::deserialize(&ours).unwrap();
         let theirs = fs::read(fixture(name).join("merged-bf16.safetensors")).unwrap();

@@ -95,9 +95,10 @@ fn every_method_writes_what_verify_and_inspect_accept() {
             "--method panacea --harmful h.jsonl --benign b.jsonl --rho auto",
         ),
         ("random", "--method random --benign b.jsonl"),
+        ("seeded", "--method random --rho 0.1 --seed 7"),
         (
-            "stochastic",
-            "--method random --rho 0.1 --rounding stochastic --seed 7",
+            "nearest",
+            "--method random --rho 0.1 --rounding nearest --seed 7",
         ),
         (
             "recompute",

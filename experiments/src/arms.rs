@@ -186,10 +186,7 @@ impl Cell<'_> {
                 "made": made,
                 "scores": scores,
             });
-            // In one piece, since a file that is there counts as done.
-            let partial = results.with_extension("partial");
-            std::fs::write(&partial, format!("{record:#}\n"))?;
-            std::fs::rename(&partial, &results)?;
+            write_whole(&results, &record)?;
             // What others are made from stays.
             let kept = [
                 self.attacked(),
@@ -244,6 +241,11 @@ impl Cell<'_> {
         self.folder.join(format!("{}.json", self.file_name(arm)))
     }
 
+    /// What the program told of the arm's model as it made it.
+    fn told(&self, arm: Arm) -> PathBuf {
+        self.folder.join(format!("{}.told", self.file_name(arm)))
+    }
+
     fn model(&self, arm: Arm) -> PathBuf {
         match arm {
             Arm::Attacked => self.attacked(),
@@ -260,7 +262,10 @@ impl Cell<'_> {
         let made = match arm {
             Arm::Aligned | Arm::Attacked => Value::Null,
             Arm::Refusals => self.tune_on_refusals(&model)?,
-            _ if model.exists() => Value::Null,
+            // What was told of a model that a stopped run had made, but not scored.
+            _ if model.exists() && self.told(arm).exists() => {
+                serde_json::from_str(&std::fs::read_to_string(self.told(arm))?)?
+            }
             _ => {
                 let quantized = self.model(Arm::AttackedQ4);
                 if arm == Arm::Q4Adaptive && !quantized.exists() {
@@ -274,7 +279,9 @@ impl Cell<'_> {
                         *realized = realized["total"].take();
                     }
                 }
-                json!({"told": told, "seconds": began.elapsed().as_secs_f64()})
+                let made = json!({"told": told, "seconds": began.elapsed().as_secs_f64()});
+                write_whole(&self.told(arm), &made)?;
+                made
             }
         };
         Ok((model, made))
@@ -283,7 +290,8 @@ impl Cell<'_> {
     /// Has the program write the arm's model, and returns what it told.
     fn write(&self, arm: Arm, files: &Files) -> Result<Value, Failure> {
         let mut arguments = self.arguments(arm, files)?;
-        arguments.extend(["-o".to_owned(), self.model(arm).display().to_string()]);
+        let model = self.model(arm).display().to_string();
+        arguments.extend(["--force".to_owned(), "-o".to_owned(), model]);
         self.program.run(&arguments)
     }
 
@@ -295,56 +303,68 @@ impl Cell<'_> {
             return Ok(arguments);
         }
         let in_adapter = matches!(arm, Arm::AdapterEps | Arm::AdapterLoop);
-        let mut line = match in_adapter {
-            true => format!(
-                "{} --base {} --merge",
+        let mut arguments = match in_adapter {
+            true => vec![
                 text(&self.folder.join("adapter")),
-                text(self.base.path())
-            ),
-            false if arm.is_gguf() => text(&self.model(Arm::AttackedQ4)),
-            false => text(&self.attacked()),
+                "--base".to_owned(),
+                text(self.base.path()),
+                "--merge".to_owned(),
+            ],
+            false if arm.is_gguf() => vec![text(&self.model(Arm::AttackedQ4))],
+            false => vec![text(&self.attacked())],
         };
-        let learned = format!(
-            " --template {} --harmful {}",
-            self.plan.template,
-            text(&files.harmful)
-        );
-        let task = format!(" --task {}", text(&files.task));
+        let mut add = |words: &str| arguments.extend(words.split_whitespace().map(str::to_owned));
         match arm {
-            Arm::Adaptive | Arm::Q4Adaptive => {
-                line += &format!("{learned}{task} {}", self.adaptive.unwrap_or_default());
-                if arm == Arm::Q4Adaptive {
-                    line += " --patched-type q8_0";
-                }
+            Arm::Adaptive => add(self.adaptive.unwrap_or_default()),
+            Arm::Q4Adaptive => {
+                add(self.adaptive.unwrap_or_default());
+                add("--patched-type q8_0");
             }
             Arm::Random => {
-                let adaptive: Value =
-                    serde_json::from_str(&std::fs::read_to_string(self.results(Arm::Adaptive))?)?;
-                let norm = adaptive["made"]["told"]["results"]["delta_norm"].as_f64();
+                let norm = self.adaptive_results()?["results"]["delta_norm"].as_f64();
                 let norm = norm.ok_or("the adaptive arm has no norm")?;
-                line += &format!(" --method random --rho {norm}");
+                add(&format!("--method random --rho {norm}"));
             }
-            Arm::PanaceaEps => {
-                line += &format!(" --method panacea --rho auto --steps 0{learned}{task}");
-            }
-            Arm::PanaceaLoop => line += &format!(" --method panacea --rho auto{learned}{task}"),
-            Arm::AdapterEps => line += &format!(" --method panacea --steps 0{learned}"),
-            Arm::AdapterLoop => line += &format!(" --method panacea{learned}{task}"),
+            Arm::PanaceaEps => add("--method panacea --rho auto --steps 0"),
+            Arm::PanaceaLoop => add("--method panacea --rho auto"),
+            Arm::AdapterEps => add("--method panacea --steps 0"),
+            Arm::AdapterLoop => add("--method panacea"),
             _ => return Err(format!("{} is not made by the program", arm.name()).into()),
         }
-        line += &format!(" --seed {}", self.seed);
-        Ok(line.split_whitespace().map(str::to_owned).collect())
+        add(&format!("--seed {}", self.seed));
+        if arm != Arm::Random {
+            add(&format!("--template {} --harmful", self.plan.template));
+            arguments.push(text(&files.harmful));
+            // Nothing of eps alone at a given norm depends on a task.
+            if arm != Arm::AdapterEps {
+                arguments.extend(["--task".to_owned(), text(&files.task)]);
+            }
+        }
+        Ok(arguments)
+    }
+
+    /// What the program told of the adaptive arm, which others take their measure from.
+    fn adaptive_results(&self) -> Result<Value, Failure> {
+        let path = self.results(Arm::Adaptive);
+        if !path.exists() {
+            return Err(format!(
+                "`{}` is not there: do the arm `adaptive` first, which others take their measure from",
+                path.display()
+            )
+            .into());
+        }
+        let mut results: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+        Ok(results["made"]["told"].take())
     }
 
     /// Fine-tunes the attacked adapter on as many rows as the adaptive arm computed gradients of, and merges it.
     fn tune_on_refusals(&self, model: &Path) -> Result<Value, Failure> {
         let began = Instant::now();
-        let adaptive = std::fs::read_to_string(self.results(Arm::Adaptive))?;
-        let adaptive: Value = serde_json::from_str(&adaptive)?;
-        let steps = adaptive["made"]["told"]["steps"].as_array();
+        let adaptive = self.adaptive_results()?;
+        let steps = adaptive["steps"].as_array();
         let gradients: usize = steps
-            .into_iter()
-            .flatten()
+            .ok_or("the adaptive arm has no steps")?
+            .iter()
             .map(|step| match step["phase"].as_str() {
                 Some("contrast") => 4,
                 _ => 2,
@@ -382,6 +402,7 @@ impl Cell<'_> {
             self.plan.score.max_new_tokens.to_string(),
         );
         add("--task-tokens", self.task.max_new_tokens.to_string());
+        add("--judge", self.plan.score.judge.clone());
         if arm != Arm::Attacked {
             add("--against", text(&self.attacked()));
         }
@@ -391,6 +412,13 @@ impl Cell<'_> {
         let mut told = self.program.run(&arguments)?;
         Ok(told["found"].take())
     }
+}
+
+/// Writes `value` in one piece, since a file that is there counts as whole.
+fn write_whole(path: &Path, value: &Value) -> Result<(), Failure> {
+    let partial = path.with_extension("partial");
+    std::fs::write(&partial, format!("{value:#}\n"))?;
+    Ok(std::fs::rename(&partial, path)?)
 }
 
 /// Deletes a model, a GGUF file with the manifest beside it.

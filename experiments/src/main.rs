@@ -44,8 +44,8 @@ struct Options {
     /// The program `panacea-patch` [default: beside this one].
     #[arg(long)]
     program: Option<PathBuf>,
-    /// Tasks of the plan.
-    #[arg(long, value_delimiter = ',', default_value = "sst2,gsm8k")]
+    /// Tasks of the plan by name [default: all].
+    #[arg(long, value_delimiter = ',')]
     tasks: Vec<String>,
     /// Percent of the attack's rows that are poison.
     #[arg(long, value_delimiter = ',', default_value = "0,5,10,20")]
@@ -85,15 +85,11 @@ fn run(options: &Options) -> Result<(), Failure> {
     let plan = Plan::read(options.plan.as_ref().unwrap_or(&beside))?;
     if !options.table {
         let program = Program::find(options.program.as_deref())?;
+        let tasks = plan.tasks_called(&options.tasks)?;
         let (tasks, poison, seeds, arms) = match options.quick {
-            true => (
-                &options.tasks[..1],
-                &[10][..],
-                &options.seeds[..1],
-                Arm::QUICK,
-            ),
+            true => (&tasks[..1], &[10][..], &options.seeds[..1], Arm::QUICK),
             false => (
-                &options.tasks[..],
+                &tasks[..],
                 &options.poison[..],
                 &options.seeds[..],
                 Arm::ALL,
@@ -106,9 +102,7 @@ fn run(options: &Options) -> Result<(), Failure> {
         let base = Base::open(&options.model, plan.template()?, plan.max_length)?;
         for &seed in seeds {
             let aligned = align(options, &plan, &base, seed)?;
-            for name in tasks {
-                let task = plan.tasks.iter().find(|task| task.name == *name);
-                let task = task.ok_or_else(|| format!("the plan has no task `{name}`"))?;
+            for &task in tasks {
                 for &poison in poison {
                     let cell = Cell {
                         plan: &plan,
@@ -123,7 +117,7 @@ fn run(options: &Options) -> Result<(), Failure> {
                             false => Purpose::Report,
                         },
                         aligned: &aligned,
-                        folder: options.output.join(format!("{name}-p{poison}-s{seed}")),
+                        folder: (options.output).join(format!("{}-p{poison}-s{seed}", task.name)),
                         adaptive: options.adaptive.as_deref(),
                     };
                     cell.run(arms)?;

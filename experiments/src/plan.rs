@@ -70,6 +70,13 @@ pub(crate) struct Score {
     pub(crate) harmless: String,
     /// Tokens of an answer to either.
     pub(crate) max_new_tokens: usize,
+    /// Who judges answers, as `panacea-patch eval --judge` has it.
+    #[serde(default = "keyword")]
+    pub(crate) judge: String,
+}
+
+fn keyword() -> String {
+    "keyword".to_owned()
 }
 
 /// What a model is fine-tuned for.
@@ -88,6 +95,19 @@ pub(crate) struct Task {
 impl Plan {
     pub(crate) fn read(path: &Path) -> Result<Self, Failure> {
         Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?)
+    }
+
+    /// The tasks called `names`, all of them where there are none.
+    pub(crate) fn tasks_called(&self, names: &[String]) -> Result<Vec<&Task>, Failure> {
+        let called = |name: &String| {
+            let found = self.tasks.iter().find(|task| task.name == *name);
+            found.ok_or_else(|| format!("the plan has no task `{name}`").into())
+        };
+        match (names.is_empty(), self.tasks.is_empty()) {
+            (_, true) => Err("the plan has no task".into()),
+            (true, false) => Ok(self.tasks.iter().collect()),
+            (false, false) => names.iter().map(called).collect(),
+        }
     }
 
     pub(crate) fn template(&self) -> Result<TemplateChoice, Failure> {

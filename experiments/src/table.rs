@@ -112,9 +112,9 @@ fn pooled(found: &[Found], measure: Measure) -> String {
         .filter_map(|it| it.scores.figure(measure))
         .collect();
     let pooled = Figure {
-        measure,
         rows: figures.iter().flat_map(|it| it.rows.clone()).collect(),
         weights: figures.iter().flat_map(|it| it.weights.clone()).collect(),
+        ..Figure::share(measure, [])
     };
     let Some(estimate) = pooled.estimate() else {
         return String::new();

@@ -50,13 +50,12 @@ fn lay_out(folder: &Path) -> PathBuf {
     path
 }
 
-fn run(folder: &Path, plan: &Path, arms: &str) {
+fn run(folder: &Path, plan: &Path, further: &[&str]) {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/tiny-chat");
     let output = Command::new(env!("CARGO_BIN_EXE_experiment"))
         .arg(model)
-        .args([
-            "--poison", "10", "--seeds", "7", "--tasks", "items", "--arms", arms,
-        ])
+        .args(["--poison", "10", "--seeds", "7"])
+        .args(further)
         .arg("--data")
         .arg(folder)
         .arg("--plan")
@@ -77,6 +76,7 @@ fn a_cell_is_done_from_nothing_and_the_attacked_model_answers_once() {
     let folder = tempfile::tempdir().expect("a folder");
     let plan = lay_out(folder.path());
     let cell = folder.path().join("out/items-p10-s7");
+    let run = |arms| run(folder.path(), &plan, &["--tasks", "items", "--arms", arms]);
     let answers = || {
         let text = fs::read_to_string(cell.join("answers.jsonl")).expect("answers");
         let keys = text.lines().filter_map(|line| {
@@ -85,9 +85,9 @@ fn a_cell_is_done_from_nothing_and_the_attacked_model_answers_once() {
         });
         keys.collect::<Vec<_>>()
     };
-    run(folder.path(), &plan, "attacked");
+    run("attacked");
     let of_one = answers();
-    run(folder.path(), &plan, "attacked,aligned");
+    run("attacked,aligned");
     let of_two = answers();
     assert_eq!(of_two.len(), 2 * of_one.len());
     let distinct: BTreeSet<&String> = of_two.iter().collect();
@@ -95,5 +95,41 @@ fn a_cell_is_done_from_nothing_and_the_attacked_model_answers_once() {
     let table = fs::read_to_string(folder.path().join("out/table.md")).expect("a table");
     for arm in ["| attacked | 7 |", "| aligned | 7 |"] {
         assert!(table.contains(arm), "{table}");
+    }
+}
+
+/// Of a run that was stopped between making a model and scoring it, nothing was known of the making: refusals were then fine-tuned for no
+/// steps at all, and scored. A folder with a blank in its name was two arguments.
+#[test]
+fn a_quick_run_goes_on_as_if_it_had_not_been_stopped() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path().join("with a blank");
+    fs::create_dir(&folder).expect("a folder");
+    let plan = lay_out(&folder);
+    let cell = folder.join("out/items-p10-s7");
+    let results = |arm: &str| -> Value {
+        let text = fs::read_to_string(cell.join(format!("{arm}.json"))).expect("results");
+        serde_json::from_str(&text).expect("JSON")
+    };
+    run(&folder, &plan, &["--quick"]);
+    let arms = ["attacked", "aligned", "adaptive", "random", "refusals"];
+    let first = arms.map(results);
+    let steps = |of: &Value| of["made"]["fine_tuning_steps"].as_u64();
+    assert!(steps(&first[4]) > Some(0), "{}", first[4]["made"]);
+    let norm = |of: &Value| {
+        of["made"]["told"]["results"]["delta_norm"]
+            .as_f64()
+            .expect("a norm")
+    };
+    assert!((norm(&first[3]) / norm(&first[2]) - 1.0).abs() < 1e-6);
+    for arm in ["adaptive", "random", "refusals"] {
+        fs::remove_file(cell.join(format!("{arm}.json"))).expect("results");
+    }
+    run(&folder, &plan, &["--quick"]);
+    let again = arms.map(results);
+    assert_eq!(again[2]["made"], first[2]["made"]);
+    assert_eq!(steps(&again[4]), steps(&first[4]));
+    for (again, first) in again.iter().zip(&first) {
+        assert_eq!(again["scores"], first["scores"]);
     }
 }

@@ -20,11 +20,11 @@ use super::report::{Report, Reporter, Table};
 use super::settings;
 
 pub(super) fn run(args: &ApplyArgs, reporter: &Reporter) -> Result<(), Failure> {
-    if args.seed.is_some() && args.addition.rounding != Some(RoundingName::Stochastic) {
+    if args.seed.is_some() && args.addition.rounding == Some(RoundingName::Nearest) {
         return Err(
-            Failure::usage("`--seed` has no effect without `--rounding stochastic`")
+            Failure::usage("`--seed` has no effect with `--rounding nearest`")
                 .because("nothing else in `apply` is random")
-                .hint("pass `--rounding stochastic`, or leave out `--seed`"),
+                .hint("leave out one of them"),
         );
     }
     let settings = settings::addition(&args.addition, args.seed.unwrap_or(0));

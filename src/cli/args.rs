@@ -193,7 +193,7 @@ pub(crate) struct ApplyArgs {
     #[arg(short, long, value_name = "PATH", help_heading = OUTPUT)]
     pub(crate) output: Option<PathBuf>,
 
-    /// Seed of `--rounding stochastic` [default: 0].
+    /// Seed of the rounding [default: 0].
     #[arg(long, value_name = "N", help_heading = OUTPUT)]
     pub(crate) seed: Option<u64>,
 
@@ -473,9 +473,10 @@ pub(crate) struct AdditionArgs {
     #[arg(long, value_name = "NUMBER", value_parser = strength, allow_negative_numbers = true)]
     pub(crate) strength: Option<Strength>,
 
-    /// How sums are rounded to the stored type [default: nearest].
+    /// How sums are rounded to a stored 16-bit type [default: stochastic].
     ///
-    /// `stochastic` keeps the mean of changes that are smaller than a stored step, at the cost of noise; see `--seed`.
+    /// Most changes are smaller than a stored step. `stochastic` takes a step with a chance that keeps their mean, at the cost of noise; see
+    /// `--seed`. `nearest` drops them.
     #[arg(long, value_name = "HOW")]
     pub(crate) rounding: Option<RoundingName>,
 

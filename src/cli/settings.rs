@@ -348,7 +348,7 @@ impl Search {
 /// A usage error naming the first of them.
 pub(super) fn refuse_search_flags(args: &PatchArgs, evaluates: bool) -> Result<(), Failure> {
     let (data, method, work) = (&args.data, &args.method, &args.work);
-    let stochastic = args.addition.rounding == Some(RoundingName::Stochastic);
+    let nearest = args.addition.rounding == Some(RoundingName::Nearest);
     let flags = [
         ("--harmful", data.harmful.is_some()),
         ("--task", data.task.is_some()),
@@ -361,7 +361,7 @@ pub(super) fn refuse_search_flags(args: &PatchArgs, evaluates: bool) -> Result<(
         ("--targets", method.targets.is_some()),
         ("--kl-budget", method.kl_budget.is_some()),
         ("--task-budget", method.task_budget.is_some()),
-        ("--seed", method.seed.is_some() && !stochastic),
+        ("--seed", method.seed.is_some() && nearest),
         (
             "--device",
             matches!(args.run.device, Some(DeviceArg::Devices(_))),
@@ -393,8 +393,8 @@ pub(super) fn addition(args: &AdditionArgs, seed: u64) -> ApplySettings {
         least_realized: args.min_realized.unwrap_or(LEAST_REALIZED),
         strength: args.strength.unwrap_or_default(),
         rounding: match args.rounding {
-            Some(RoundingName::Stochastic) => Rounding::Stochastic { seed },
-            Some(RoundingName::Nearest) | None => Rounding::Nearest,
+            Some(RoundingName::Stochastic) | None => Rounding::Stochastic { seed },
+            Some(RoundingName::Nearest) => Rounding::Nearest,
         },
     }
 }

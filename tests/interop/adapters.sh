@@ -25,8 +25,8 @@ trap 'rm -rf "$work"' EXIT
 "$program" optimize "$adapter" --base "$base" --method panacea --harmful "$root/testdata/tiny-chat-data/harmful.jsonl" \
     -o "$work/p.safetensors" --quiet >/dev/null
 "$program" apply "$adapter" --perturbation "$work/p.safetensors" -o "$work/patched" --quiet >/dev/null
-"$program" apply "$adapter" --base "$base" --perturbation "$work/p.safetensors" --merge -o "$work/merged" --quiet \
-    >/dev/null
+"$program" apply "$adapter" --base "$base" --perturbation "$work/p.safetensors" --merge --rounding nearest -o "$work/merged" \
+    --quiet >/dev/null
 "$venv/bin/python" "$root/tests/interop/adapter_check.py" "$adapter" --base "$base" \
     --patched "$work/patched" --merged "$work/merged" --perturbation "$work/p.safetensors"
 "$venv/bin/python" "$root/tests/interop/peft_check.py" "$program" "$base"
