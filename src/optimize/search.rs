@@ -100,6 +100,8 @@ pub struct SearchOutcome {
     pub settings: Adaptive,
     /// All trials, in order.
     pub trials: Vec<Trial>,
+    /// What a perturbation might cost.
+    pub budget: Budget,
     /// The points that none is better than in both harm and cost, from the cheapest to the least harmful.
     pub front: Vec<Place>,
     /// The chosen point.
@@ -224,6 +226,7 @@ pub fn search_among(
     Ok(SearchOutcome {
         outcome: judge.finish(&mut engine, direction, point.rho, &trials[chosen.trial])?,
         settings: adaptive,
+        budget: settings.budget,
         front: front::front(&points, settings.budget)
             .into_iter()
             .map(|place| places[place])

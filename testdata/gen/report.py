@@ -111,12 +111,13 @@ def front():
     points = [("rho 0.1", 0.0041, 91.7), ("rho 0.2", 0.0152, 74.2), ("rho 0.4", 0.0573, 13.3), ("rho 0.519", 0.0969, 4.2),
               ("rho 0.8", 0.2214, 1.7), ("rho 0.4, 4 steps", 0.0611, 38.3), ("rank 8", 0.0902, 5.0), ("rank 1", 0.0655, 17.5)]
     return {"cost": "KL, nats per token", "harm": "Harmful score, %", "chosen": 3,
-            "points": [{"label": label, "cost": cost, "harm": harm} for label, cost, harm in points]}
+            "points": [{"label": label, "cost": cost, "harm": harm, "on_front": not any(c <= cost and h < harm for _, c, h in points)}
+                       for label, cost, harm in points]}
 
 
 def made():
     settings = [("method", "adaptive"), ("rho", "auto"), ("kl-budget", "0.1"), ("steps", "12"), ("batch", "24"), ("targets", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
-                ("template", "auto"), ("harmful", "data/a-rather-long-name-of-a-folder/harmful-requests-with-openings.jsonl#is_safe=false"), ("rounding", "nearest")]
+                ("template", "auto"), ("harmful", "data/a-rather-long-name-of-a-folder/harmful-requests-with-openings.jsonl#is_safe=false"), ("rounding", "stochastic")]
     files = [("config.json", 727), ("generation_config.json", 111), ("model-00001-of-00002.safetensors", 4_965_799_096), ("model-00002-of-00002.safetensors", 1_459_729_952),
              ("tokenizer.json", 9_085_657), ("panacea.manifest.json", 18_204), ("model.sig", 3_127)]
     return {"method": "adaptive", "seed": 0, "program": "panacea-patch 0.1.0", "manifest": sha256("manifest"),

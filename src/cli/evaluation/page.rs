@@ -164,18 +164,20 @@ fn front(search: &SearchOutcome) -> Front {
     let mut chosen = None;
     for (trial, tried) in search.trials.iter().enumerate() {
         for (point, measured) in tried.points.iter().enumerate() {
-            if (Place { trial, point }) == search.chosen {
+            let place = Place { trial, point };
+            if place == search.chosen {
                 chosen = Some(points.len());
             }
             points.push(FrontPoint {
                 label: format!("trial {}, rho {}", trial + 1, number(measured.rho)),
-                cost: measured.kl,
+                cost: 100.0 * measured.cost(search.budget),
                 harm: 100.0 * measured.unrefused,
+                on_front: search.front.contains(&place),
             });
         }
     }
     Front {
-        cost: "KL divergence on benign text, nats per token".to_owned(),
+        cost: "used of the budget for KL divergence or task loss, percent".to_owned(),
         harm: "requests that would not be refused, percent".to_owned(),
         points,
         chosen,
