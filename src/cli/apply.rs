@@ -82,7 +82,9 @@ pub(super) fn from_file(
     ));
     if dry_run {
         Wanted::from(&perturbation).check(&model.checkpoint)?;
-        return Plan::of_addition(model, &perturbation, &output)?.print(command, reporter);
+        let mut plan = Plan::of_addition(model, &perturbation, &output)?;
+        plan.add_evaluation(evaluation.as_ref());
+        return plan.print(command, reporter);
     }
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     let wanted = Wanted::from(&perturbation);

@@ -66,6 +66,7 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
         evaluation.judge()
     ));
     findings.describe(&mut table);
+    evaluation.describe(&mut table);
     let report = Report {
         found: Some(findings.to_json()),
         ..Report::of(COMMAND)

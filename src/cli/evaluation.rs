@@ -32,7 +32,7 @@ use super::error::{Exit, Failure};
 use super::find::side_inputs;
 use super::interrupt;
 use super::model::{Model, digest_of};
-use super::report::{EvalWatch, Reporter};
+use super::report::{EvalWatch, Reporter, Table};
 use super::settings::name_without_folders;
 use telling::Telling;
 
@@ -285,6 +285,20 @@ impl Evaluation {
         &self.sources
     }
 
+    /// The sets with their rows, in words.
+    fn sets(&self) -> impl Iterator<Item = String> {
+        let suite = &self.suite;
+        let task = suite.task.as_ref().map(|task| task.items.len());
+        let rows = [
+            suite.harmful.len(),
+            suite.harmless.len(),
+            suite.benign.len(),
+        ];
+        (self.sources.iter())
+            .zip(rows.into_iter().chain(task))
+            .map(|(set, rows)| format!("{rows} rows of {} ({})", set.name, set.role.as_str()))
+    }
+
     /// The judge's name.
     pub(super) fn judge(&self) -> String {
         self.judge.name()
@@ -395,6 +409,13 @@ impl Evaluation {
             scored,
             before,
         })
+    }
+
+    /// Adds to `table` where else it is told.
+    pub(super) fn describe(&self, table: &mut Table) {
+        for path in self.telling.files() {
+            table.row("told in", path.display().to_string());
+        }
     }
 
     /// Writes JUnit XML and the Markdown summary, where they are asked for.

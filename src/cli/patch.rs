@@ -70,7 +70,9 @@ pub(super) fn run(args: &PatchArgs, launch: &Launch, reporter: &Reporter) -> Res
     let (work, run) = (&args.work, &args.run);
     let prepared = find::prepare(&model, &search, (work, run), launch, reporter)?;
     if args.writing.dry_run {
-        return Plan::of_job(&model, &search, &prepared, &output)?.print(COMMAND, reporter);
+        let mut plan = Plan::of_job(&model, &search, &prepared, &output)?;
+        plan.add_evaluation(evaluation.as_ref());
+        return plan.print(COMMAND, reporter);
     }
     let state = State::beside(output.target(), &args.work, &search);
     let resumed = state.resumed(&prepared.identity(), reporter)?;

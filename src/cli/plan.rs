@@ -14,6 +14,7 @@ use panacea_patch::optimize::{MOST_RADII, Radius, Rows, Settings};
 use serde_json::{Value, json};
 
 use super::error::Failure;
+use super::evaluation::PatchEvaluation;
 use super::find::Prepared;
 use super::form::FormChoice;
 use super::memory::DeviceMemory;
@@ -95,6 +96,15 @@ impl Plan {
     pub(super) fn add_adapter(&mut self, names: &[String], size: u64) {
         self.writes.extend_from_slice(names);
         self.written_bytes += size;
+    }
+
+    /// An evaluation before and after.
+    pub(super) fn add_evaluation(&mut self, evaluation: Option<&PatchEvaluation>) {
+        let Some((sets, files)) = evaluation.map(PatchEvaluation::plan) else {
+            return;
+        };
+        self.reads.extend(sets.into_iter().map(|set| (set, 0)));
+        self.writes.extend(files);
     }
 
     fn add_search(&mut self, model: &Model, search: &Search, prepared: &Prepared<'_>) {

@@ -119,6 +119,13 @@ impl PatchEvaluation {
         Ok(Self { evaluation, ..self })
     }
 
+    /// What it reads, in words, and the files that it writes.
+    pub(in crate::cli) fn plan(&self) -> (Vec<String>, Vec<String>) {
+        let files = self.evaluation.telling.files();
+        let files = files.map(|path| path.display().to_string());
+        (self.evaluation.sets().collect(), files.collect())
+    }
+
     /// Scores `model` and its patched copy at `written`, which will be called `target`, and says what records keep of it. Where the copy is to be
     /// dropped, the report is written here, with what `add` puts in it.
     ///
@@ -174,9 +181,8 @@ impl PatchEvaluation {
             let told = self.tell(&mut table, add);
             reporter.partial(&table);
             told?;
-            return Err(
-                failure.hint("nothing was written; pass --keep-failed to write it all the same")
-            );
+            return Err(failure
+                .hint("no checkpoint was written; pass --keep-failed to write it all the same"));
         }
         Ok((self.evaluation.sources().to_vec(), kept))
     }
@@ -195,6 +201,7 @@ impl PatchEvaluation {
         };
         table.row("judged by", self.evaluation.judge());
         findings.describe(table);
+        self.evaluation.describe(table);
         self.evaluation.report(findings, control.as_ref(), add)
     }
 

@@ -71,6 +71,14 @@ impl Telling {
         })
     }
 
+    /// The files that are written.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        [&self.report, &self.junit, &self.summary, &self.results]
+            .into_iter()
+            .flatten()
+            .map(PathBuf::as_path)
+    }
+
     /// Writes JUnit XML and appends the summary, where they are asked for.
     ///
     /// # Errors
