@@ -137,8 +137,13 @@ fn a_single_file_an_adapter_and_a_loaded_perturbation_are_gated_too() {
     ));
     sandbox.run("optimize my-finetune --method random --rho 0.01 -o p.safetensors");
     sandbox.run(&format!(
-        "my-finetune --perturbation p.safetensors -o loaded {asked}"
+        "my-finetune --perturbation p.safetensors -o loaded {asked} --report r.html"
     ));
+    // How it was made, and where its energy is, though nothing was searched for.
+    let page = fs::read_to_string(sandbox.path("r.html")).unwrap();
+    for part in ["random", "Share of the energy by layer and matrix"] {
+        assert!(page.contains(part), "{part}");
+    }
     for name in ["one.safetensors", "adapter", "merged", "one.gguf", "loaded"] {
         assert!(sandbox.path(name).exists(), "{name}");
     }

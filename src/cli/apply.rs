@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::args::{ApplyArgs, RoundingName};
 use super::device::CPU;
 use super::error::Failure;
-use super::evaluation::{PatchEvaluation, PatchFindings, add_written};
+use super::evaluation::{PatchEvaluation, PatchFindings, add_record, add_written};
 use super::interrupt;
 use super::model::{Model, Use};
 use super::output::{Origin, Output, byproduct};
@@ -95,8 +95,8 @@ pub(super) fn from_file(
     let origin = |written: &Path| {
         let mut byproducts = vec![byproduct("perturbation", record_json(&perturbation))];
         if let Some(evaluation) = &mut evaluation {
-            let (sets, found) =
-                evaluation.run(model, (written, &target), None, |_| (), reporter)?;
+            let add = |page: &mut _| add_record(page, perturbation.record());
+            let (sets, found) = evaluation.run(model, (written, &target), None, add, reporter)?;
             dependencies.extend(sets);
             byproducts.push(found);
         }
@@ -131,7 +131,10 @@ pub(super) fn from_file(
     written.describe(&mut table);
     let found = evaluation.as_ref().and_then(PatchEvaluation::found);
     if let Some(evaluation) = &evaluation {
-        evaluation.tell(&mut table, |page| add_written(page, model, &written))?;
+        evaluation.tell(&mut table, |page| {
+            add_record(page, perturbation.record());
+            add_written(page, model, &written);
+        })?;
     }
     let report = Report {
         evaluation: found.map(PatchFindings::to_json),

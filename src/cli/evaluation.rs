@@ -37,7 +37,7 @@ use super::settings::name_without_folders;
 use telling::Telling;
 
 pub(super) use findings::Findings;
-pub(super) use page::{add_search, add_written};
+pub(super) use page::{add_record, add_search, add_written};
 pub(super) use patched::{Control, PatchEvaluation, PatchFindings};
 pub(super) use telling::Told;
 

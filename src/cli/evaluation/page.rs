@@ -2,6 +2,7 @@
 //!
 //! In: scores of the models that were asked, and of a patch how it was made. Out: a [`Page`]. Of answers it takes only how they begin.
 
+use panacea_formats::PerturbationRecord;
 use panacea_patch::eval::figure::Measure;
 use panacea_patch::eval::scores::Scores;
 use panacea_patch::eval::suite::Scored;
@@ -141,9 +142,14 @@ pub(in crate::cli) fn add_search(page: &mut Page, found: &Found) {
             squared: squared(values),
         })
         .collect();
+    add_record(page, &found.record);
+}
+
+/// Adds to `page` how a perturbation was made, as its file says.
+pub(in crate::cli) fn add_record(page: &mut Page, record: &PerturbationRecord) {
     page.made = Some(Made {
-        method: found.record.method.clone(),
-        settings: (found.record.parameters.iter())
+        method: record.method.clone(),
+        settings: (record.parameters.iter())
             .map(|(name, value)| Setting {
                 name: name.clone(),
                 value: match value {
@@ -152,8 +158,8 @@ pub(in crate::cli) fn add_search(page: &mut Page, found: &Found) {
                 },
             })
             .collect(),
-        seed: Some(found.record.seed),
-        program: found.record.tool.clone(),
+        seed: Some(record.seed),
+        program: record.tool.clone(),
         ..Made::default()
     });
 }
@@ -190,6 +196,16 @@ pub(in crate::cli) fn add_written(page: &mut Page, model: &Model, written: &Writ
     page.title = format!("Patch of {from}");
     page.summary = format!("{from} was patched; the result is {target}.");
     page.realized = Some(Realized::from(&written.realized.total));
+    // Of a perturbation from a file nobody looked at the energy before.
+    if page.affinity.is_empty() {
+        let tensors = written.realized.tensors.iter();
+        page.affinity = tensors
+            .map(|tensor| TensorEnergy {
+                name: tensor.name.clone(),
+                squared: tensor.change.wanted_norm.powi(2),
+            })
+            .collect();
+    }
     let made = page.made.get_or_insert_with(|| Made {
         program: concat!("panacea-patch ", env!("CARGO_PKG_VERSION")).to_owned(),
         ..Made::default()
