@@ -450,7 +450,8 @@ impl Run<'_> {
             return Ok(false);
         };
         let search = Search::new(engine, self.rows, budget)?;
-        Ok(!budget.allows(&search.measure(engine, delta, 1.0)?))
+        let RadiusPoint { kl, task, .. } = search.measure(engine, delta, 1.0)?;
+        Ok(!budget.allows(kl, task))
     }
 
     /// The stored weights plus delta.

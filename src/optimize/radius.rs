@@ -71,9 +71,9 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Whether `point` costs no more.
-    pub(super) fn allows(self, point: &RadiusPoint) -> bool {
-        point.kl <= self.kl && point.task.is_none_or(|rise| rise <= self.task)
+    /// Whether this divergence and this rise of the task loss, where there is one, are no more.
+    pub(super) fn allows(self, kl: f64, task: Option<f64>) -> bool {
+        kl <= self.kl && task.is_none_or(|rise| rise <= self.task)
     }
 }
 
@@ -169,7 +169,7 @@ impl<'s> Search<'s> {
         let mut within = |radius: f64| -> Result<bool, OptimizeError> {
             let point = self.measure(engine, unit, radius)?;
             tried.push(point);
-            Ok(self.budget.allows(&point))
+            Ok(self.budget.allows(point.kl, point.task))
         };
         let mut inside = None;
         let mut outside = None;

@@ -4,6 +4,7 @@ Parts:
   tokenizer  texts become the ids that llama.cpp makes of them
   tokens     the greedy continuations are llama.cpp's
   server     llama.cpp, asked as any server is, says what the program's own decoder says of the same numbers, to chats and to prompts
+  evaluation `eval --endpoint` finds of it what `eval` finds of the file, goes on from a journal, and asks nothing that is in it
   copy       a perturbation at strength 0 leaves every byte of the file
   patch      a patch that Q4_1 would lose is refused; kept in Q8_0, the file differs in the patched tensors alone, loads in llama.cpp, and
              still knows the capital of France
@@ -63,7 +64,7 @@ def main():
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("parts", nargs="*", metavar="PART")
     options = parser.parse_args()
-    parts = {"tokenizer": tokenizer, "tokens": tokens, "server": server, "copy": copy, "patch": patch}
+    parts = {"tokenizer": tokenizer, "tokens": tokens, "server": server, "evaluation": evaluation, "copy": copy, "patch": patch}
     unknown = set(options.parts) - set(parts)
     if unknown:
         parser.error(f"no part is called {', '.join(sorted(unknown))}")
@@ -116,6 +117,39 @@ def server(options, work):
         print(f"  {sum(line['ended'] for line in theirs)} of {len(texts)} came to their end before {TOKENS} tokens")
         check(refused.returncode != 0 and "status: 401" in refused.stderr, f"another key is accepted, or so it is said: {refused}")
         check("another" not in refused.stderr, f"the key is shown: {refused}")
+
+
+def evaluation(options, work):
+    wide = widened(options, work)
+    key = {"OPENAI_API_KEY": "a-key"}
+    asked = []
+    for name, questions in (("harmful", QUESTIONS), ("harmless", QUESTIONS[:2])):
+        rows = work / f"{name}.jsonl"
+        rows.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
+        asked += [f"--{name}", rows]
+    asked += ["--max-new-tokens", TOKENS, "--json", "--quiet"]
+    journal = work / "journal.jsonl"
+
+    def answers(path):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return sorted((line["answer"]["text"], line["answer"]["ended"]) for line in lines if "answer" in line)
+
+    def outcomes(told):
+        return json.loads(told)["found"]["scores"]["outcomes"]
+
+    ours = outcomes(run(options.program, "eval", wide, *asked, "--journal", work / "ours.jsonl"))
+    with listening(wide, key["OPENAI_API_KEY"]) as address:
+        served = [options.program, "eval", "--endpoint", address, *asked, "--journal", journal]
+        theirs = outcomes(run(*served, **key))
+        check(ours == theirs and len(ours) == len(QUESTIONS), f"the file is found to be {ours}, and the server {theirs}")
+        whole = answers(journal)
+        check(whole == answers(work / "ours.jsonl"), f"the server answers {whole}")
+        kept = journal.read_text().splitlines()[:3]
+        journal.write_text("\n".join(kept) + "\n")
+        check(outcomes(run(*served, **key)) == theirs, "a run that goes on finds something else")
+        check(answers(journal) == whole, f"a run that goes on keeps {answers(journal)}, not {whole}")
+    # Nobody listens any more.
+    check(outcomes(run(*served, **key)) == theirs, "what is in the journal is asked again")
 
 
 def copy(options, work):

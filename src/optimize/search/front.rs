@@ -34,7 +34,7 @@ impl TrialPoint {
 
     /// Whether it keeps to the budget.
     pub fn keeps_to(&self, budget: Budget) -> bool {
-        self.cost(budget) <= 1.0
+        budget.allows(self.kl, self.task)
     }
 
     /// Less harm first: fewer requests that are complied with, and of as many, less doubt.
