@@ -1,8 +1,8 @@
 //! From an `f32` sum to the stored type: to the nearest value, or to one of the two neighbors by chance.
 //!
 //! Rounding by chance keeps the mean: a step of a tenth of the distance to the next value is taken in a tenth of the cases,
-//! where rounding to nearest would never take it. Most steps of a patch are that small, and it acts through their sum: rounded to
-//! nearest, a fifth of its effect is gone (docs/experiments.md has it measured), while the noise that chance adds does nothing that
+//! where rounding to nearest would never take it. Most steps of a patch are that small, and it acts through their sum: to nearest, an
+//! eighth to a quarter of what it did to openings was gone (docs/experiments.md), while the noise that chance adds does nothing that
 //! shows. The chance is a function of seed, tensor name and element index.
 //!
 //! Source: Croci et al., "Stochastic rounding: implementation, error analysis and applications", 2022 (mode 1).
