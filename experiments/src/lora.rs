@@ -8,7 +8,7 @@ use panacea_formats::{
     Adapter, AdapterConfig, Checkpoint, DeltaTensor, Destination, OutputDir, Overwrite,
     StoredFloats, write_tensors,
 };
-use panacea_patch::apply::{self, ApplySettings, Merge, Wanted};
+use panacea_patch::apply::{self, ApplySettings, Merge, Rounding, Wanted};
 use panacea_patch::data::{EncodeError, Encoder, Example, TemplateChoice, TokenizerFiles};
 use panacea_patch::model::{AdapterModule, Config, Decoder, TargetSelection};
 use panacea_patch::optimize::{FineTuning, Observer, State, StepRecord, fine_tune};
@@ -140,7 +140,11 @@ impl Base {
         let _ = apply::merge(
             merge,
             &wanted,
-            ApplySettings::default(),
+            // As PEFT merges.
+            ApplySettings {
+                rounding: Rounding::Nearest,
+                ..ApplySettings::default()
+            },
             Destination::Directory(&mut output),
             &(),
         )?;
