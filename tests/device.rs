@@ -13,7 +13,7 @@
     reason = "how far off the worst gradient is, for --nocapture"
 )]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use panacea_formats::{Adapter, AdapterConfig, Checkpoint};
 use panacea_patch::model::device::{Device, DeviceDecoder, DeviceName, Precision};
@@ -23,29 +23,17 @@ use panacea_patch::model::{
 };
 use panacea_patch::optimize::{Adaptive, Panacea, Radius, Rows, Settings, Unobserved, optimize};
 
+#[path = "common/cases.rs"]
+mod cases;
 mod common;
+use cases::{ALL, cases};
 use common::{Stored, oracle, relative_error};
-
-/// Every projection matrix of every family.
-const ALL: &str =
-    "q_proj,k_proj,v_proj,qkv_proj,o_proj,gate_proj,up_proj,gate_up_proj,down_proj,w1,w2,w3";
 
 /// Largest relative error allowed against PyTorch, for losses and for each tensor in the Euclidean norm.
 const TOLERANCE: f64 = 1e-4;
 
 /// The same against the processor's decoder: the same numbers are added in other orders.
 const TOLERANCE_OF_OURS: f64 = 1e-5;
-
-fn cases() -> Vec<PathBuf> {
-    let mut cases: Vec<PathBuf> = std::fs::read_dir(oracle(""))
-        .expect("the oracle's folder")
-        .map(|entry| entry.expect("an entry").path())
-        .filter(|path| path.join("expected.safetensors").exists())
-        .collect();
-    cases.sort();
-    assert!(cases.len() >= 21, "found only {cases:?}");
-    cases
-}
 
 fn decoder<'s>(case: &Path, stored: &'s Stored, selection: &str) -> Decoder<'s> {
     let text = std::fs::read_to_string(case.join("config.json")).expect("a config");

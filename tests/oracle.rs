@@ -14,7 +14,7 @@
     reason = "how far off the worst gradient is, for --nocapture"
 )]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use panacea_formats::Checkpoint;
 use panacea_patch::model::{
@@ -22,26 +22,14 @@ use panacea_patch::model::{
     TargetTensors,
 };
 
+#[path = "common/cases.rs"]
+mod cases;
 mod common;
+use cases::{ALL, cases};
 use common::{Stored, oracle, relative_error};
-
-/// Every projection matrix of every family.
-const ALL: &str =
-    "q_proj,k_proj,v_proj,qkv_proj,o_proj,gate_proj,up_proj,gate_up_proj,down_proj,w1,w2,w3";
 
 /// Largest relative error allowed, for losses and for each tensor in the Euclidean norm.
 const TOLERANCE: f64 = 1e-4;
-
-fn cases() -> Vec<PathBuf> {
-    let mut cases: Vec<PathBuf> = std::fs::read_dir(oracle(""))
-        .expect("the oracle's folder")
-        .map(|entry| entry.expect("an entry").path())
-        .filter(|path| path.join("expected.safetensors").exists())
-        .collect();
-    cases.sort();
-    assert!(cases.len() >= 21, "found only {cases:?}");
-    cases
-}
 
 fn config(case: &Path, file: &str) -> Config {
     Config::parse(&std::fs::read_to_string(case.join(file)).expect("a config"))

@@ -230,6 +230,12 @@ impl<'c> DeviceDecoder<'c> {
         }
         Ok(gradients)
     }
+
+    /// What the last block gives for the tokens of `pack`, where no backward will follow.
+    fn last_states(&mut self, point: Point<'_>, pack: &Pack) -> Result<Tensor, PackError> {
+        let context = self.prepare(point, pack)?;
+        Ok(self.forward(&context, point, pack, Pass::Forward)?.out)
+    }
 }
 
 impl Differentiable for DeviceDecoder<'_> {
@@ -251,15 +257,13 @@ impl Differentiable for DeviceDecoder<'_> {
         pack: &Pack,
         objective: Objective<'_>,
     ) -> Result<Vec<f64>, PackError> {
-        let context = self.prepare(point, pack)?;
-        let Forward { out, .. } = self.forward(&context, point, pack, Pass::Forward)?;
+        let out = self.last_states(point, pack)?;
         let losses = self.head.losses(&out, pack, objective, false);
         Ok(losses.map_err(|error| self.head.device.failed(&error))?.0)
     }
 
     fn predicted(&mut self, point: Point<'_>, pack: &Pack) -> Result<Vec<Predicted>, PackError> {
-        let context = self.prepare(point, pack)?;
-        let Forward { out, .. } = self.forward(&context, point, pack, Pass::Forward)?;
+        let out = self.last_states(point, pack)?;
         let predicted = self.head.predicted(&out, pack);
         Ok(predicted.map_err(|error| self.head.device.failed(&error))?)
     }
@@ -284,8 +288,7 @@ impl Differentiable for DeviceDecoder<'_> {
     }
 
     fn reference(&mut self, point: Point<'_>, pack: &Pack) -> Result<Vec<f32>, PackError> {
-        let context = self.prepare(point, pack)?;
-        let Forward { out, .. } = self.forward(&context, point, pack, Pass::Forward)?;
+        let out = self.last_states(point, pack)?;
         let hidden = self.head.hidden(&out, pack);
         Ok(hidden.map_err(|error| self.head.device.failed(&error))?)
     }
