@@ -5,6 +5,7 @@ use std::process::Command;
 use std::str::FromStr;
 use std::time::Instant;
 
+use panacea_formats::{OutputFile, Overwrite};
 use panacea_patch::optimize::FineTuning;
 use serde_json::{Value, json};
 
@@ -416,9 +417,10 @@ impl Cell<'_> {
 
 /// Writes `value` in one piece, since a file that is there counts as whole.
 fn write_whole(path: &Path, value: &Value) -> Result<(), Failure> {
-    let partial = path.with_extension("partial");
-    std::fs::write(&partial, format!("{value:#}\n"))?;
-    Ok(std::fs::rename(&partial, path)?)
+    let mut output = OutputFile::create(path, Overwrite::Replace, &[])?;
+    output.write_all(format!("{value:#}\n").as_bytes())?;
+    let _ = output.commit()?;
+    Ok(())
 }
 
 /// Deletes a model, a GGUF file with the manifest beside it.
