@@ -18,12 +18,12 @@ use panacea_patch::convert::types::FileType;
 use panacea_patch::convert::{Conversion, ConvertError, GgufSettings, StoredModel, Texts};
 use panacea_patch::model::{Config, Decoder, Pack, Point, TargetSelection};
 
+#[expect(dead_code, reason = "not all cases are GGUF files too")]
+#[path = "common/cases.rs"]
+mod cases;
 mod common;
+use cases::ALL;
 use common::{Stored, oracle, relative_error};
-
-/// Every projection matrix of every family.
-const ALL: &str =
-    "q_proj,k_proj,v_proj,qkv_proj,o_proj,gate_proj,up_proj,gate_up_proj,down_proj,w1,w2,w3";
 
 /// As in `tests/oracle.rs`.
 const TOLERANCE: f64 = 1e-4;
