@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::lora::Base;
 use crate::mix::{Files, Purpose, attack, refusal_tuning};
 use crate::plan::{Plan, Task};
-use crate::{Failure, say};
+use crate::{Failure, interrupt, say};
 
 /// What is done to the attacked model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -455,10 +455,9 @@ impl Program {
 
     /// Runs it, and returns what it printed.
     fn run(&self, arguments: &[String]) -> Result<Value, Failure> {
-        let output = Command::new(&self.0)
-            .args(arguments)
-            .args(["--json", "--quiet"])
-            .output()?;
+        let mut command = Command::new(&self.0);
+        command.args(arguments).args(["--json", "--quiet"]);
+        let output = interrupt::output(&mut command)?;
         match output.status.success() {
             true => Ok(serde_json::from_slice(&output.stdout)?),
             false => Err(format!(

@@ -6,6 +6,7 @@
 //! Fine-tuning is done here with the library's engine; patches and scores are those of the program `panacea-patch`, run as a user would.
 
 mod arms;
+mod interrupt;
 mod lora;
 mod mix;
 mod plan;
@@ -71,7 +72,8 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse();
+    match interrupt::listen().and_then(|()| run(&options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             say(&format!("error: {error}"));

@@ -1,10 +1,14 @@
 //! The experiment from an empty folder, on a small model: every step is done, and none twice.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
 /// The program `panacea-patch`, which `cargo test --workspace` builds beside the experiment.
@@ -50,20 +54,27 @@ fn lay_out(folder: &Path) -> PathBuf {
     path
 }
 
-fn run(folder: &Path, plan: &Path, further: &[&str]) {
+/// The experiment on one cell, with patches and scores of `program`.
+fn experiment(folder: &Path, plan: &Path, program: &Path) -> Command {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/tiny-chat");
-    let output = Command::new(env!("CARGO_BIN_EXE_experiment"))
+    let mut command = Command::new(env!("CARGO_BIN_EXE_experiment"));
+    command
         .arg(model)
         .args(["--poison", "10", "--seeds", "7"])
-        .args(further)
         .arg("--data")
         .arg(folder)
         .arg("--plan")
         .arg(plan)
         .arg("--program")
-        .arg(program())
+        .arg(program)
         .arg("-o")
-        .arg(folder.join("out"))
+        .arg(folder.join("out"));
+    command
+}
+
+fn run(folder: &Path, plan: &Path, further: &[&str]) {
+    let output = experiment(folder, plan, &program())
+        .args(further)
         .output()
         .expect("it runs");
     let told = String::from_utf8_lossy(&output.stderr);
@@ -132,4 +143,44 @@ fn a_quick_run_goes_on_as_if_it_had_not_been_stopped() {
     for (again, first) in again.iter().zip(&first) {
         assert_eq!(again["scores"], first["scores"]);
     }
+}
+
+/// A signal to the experiment alone left its program running, and the next run found the answers' file held.
+#[test]
+fn a_signal_ends_the_program_that_runs_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plan = lay_out(folder.path());
+    let (stub, started) = (folder.path().join("stub"), folder.path().join("started"));
+    // Made whole elsewhere, since its number is read as soon as the file is there.
+    let text = format!(
+        "#!/bin/sh\necho $$ > '{0}.new'\nmv '{0}.new' '{0}'\nexec sleep 600\n",
+        started.display()
+    );
+    fs::write(&stub, text).expect("a stub");
+    fs::set_permissions(&stub, Permissions::from_mode(0o755)).expect("it may be run");
+    let mut experiment = experiment(folder.path(), &plan, &stub)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it runs");
+    let program = loop {
+        match fs::read_to_string(&started) {
+            Ok(number) => {
+                break number
+                    .trim()
+                    .parse()
+                    .ok()
+                    .and_then(Pid::from_raw)
+                    .expect("a process");
+            }
+            Err(_) => thread::sleep(Duration::from_millis(20)),
+        }
+        assert!(
+            experiment.try_wait().expect("a state").is_none(),
+            "it ended by itself"
+        );
+    };
+    kill_process(Pid::from_child(&experiment), Signal::TERM).expect("it is told");
+    let status = experiment.wait().expect("it ends");
+    assert_eq!(status.code(), Some(130));
+    assert!(test_kill_process(program).is_err(), "its program runs on");
 }
