@@ -21,11 +21,9 @@ use super::settings;
 
 pub(super) fn run(args: &ApplyArgs, reporter: &Reporter) -> Result<(), Failure> {
     if args.seed.is_some() && args.addition.rounding == Some(RoundingName::Nearest) {
-        return Err(
-            Failure::usage("`--seed` has no effect with `--rounding nearest`")
-                .because("nothing else in `apply` is random")
-                .hint("leave out one of them"),
-        );
+        return Err(Failure::no_effect("--seed", "with `--rounding nearest`")
+            .because("nothing else in `apply` is random")
+            .hint("leave out one of them"));
     }
     let settings = settings::addition(&args.addition, args.seed.unwrap_or(0));
     interrupt::listen()?;

@@ -29,6 +29,14 @@ use values::{
     rho, share, strength,
 };
 
+/// The first of `flags`, each with whether it was given, that was.
+pub(crate) fn first_given(
+    flags: impl IntoIterator<Item = (&'static str, bool)>,
+) -> Option<&'static str> {
+    let mut flags = flags.into_iter();
+    flags.find_map(|(flag, given)| given.then_some(flag))
+}
+
 /// Restores the safety of a fine-tuned language model with a small optimized perturbation of its weights.
 ///
 /// Given a model and no subcommand, it does the whole job: it finds a perturbation (or loads one), writes a patched copy of the

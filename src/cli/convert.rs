@@ -24,7 +24,7 @@ use panacea_patch::manifest::{
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use super::args::ConvertArgs;
+use super::args::{ConvertArgs, first_given};
 use super::device::CPU;
 use super::error::{Exit, Failure};
 use super::find::required_side_file;
@@ -52,7 +52,7 @@ pub(super) fn run(args: &ConvertArgs, reporter: &Reporter) -> Result<(), Failure
         return adapter::of_perturbation(args, &checkpoint, reporter);
     }
     if args.base.path.is_some() {
-        return Err(Failure::usage("`--base` has no effect here")
+        return Err(Failure::no_effect("--base", "here")
             .because(format!("`{}` is a whole model", args.source.display()))
             .hint("leave out `--base`"));
     }
@@ -67,19 +67,18 @@ fn to_directory(
     checkpoint: &Checkpoint,
     reporter: &Reporter,
 ) -> Result<(), Failure> {
-    for (flag, given) in [
+    let of_gguf = [
         ("--pre", args.pre.is_some()),
         ("--tokenizer-from", args.tokenizer_from.is_some()),
         ("--patched-type", args.patched_type.is_some()),
-    ] {
-        if given {
-            return Err(Failure::usage(format!("`{flag}` has no effect here"))
-                .because(format!(
-                    "`{}` is a GGUF file already",
-                    args.source.display()
-                ))
-                .hint(format!("leave out `{flag}`")));
-        }
+    ];
+    if let Some(flag) = first_given(of_gguf) {
+        return Err(Failure::no_effect(flag, "here")
+            .because(format!(
+                "`{}` is a GGUF file already",
+                args.source.display()
+            ))
+            .hint(format!("leave out `{flag}`")));
     }
     let file_type = args.file_type.unwrap_or(FileType::BF16);
     let dtype = file_type.dtype();

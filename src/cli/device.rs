@@ -103,12 +103,10 @@ pub(super) fn refuse_devices(given: Option<&DeviceArg>, what: &str) -> Result<()
         return Ok(());
     };
     let names: Vec<String> = names.iter().map(DeviceName::to_string).collect();
-    Err(Failure::usage(format!(
-        "`--device {}` has no effect with `{what}`",
-        names.join(",")
-    ))
-    .because("only the search for a perturbation is computed on a device")
-    .hint("leave out `--device`"))
+    let flag = format!("--device {}", names.join(","));
+    Err(Failure::no_effect(&flag, &format!("with `{what}`"))
+        .because("only the search for a perturbation is computed on a device")
+        .hint("leave out `--device`"))
 }
 
 /// What the processor is called.

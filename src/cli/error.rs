@@ -127,6 +127,11 @@ impl Failure {
         Self::new(Exit::Usage, error)
     }
 
+    /// `flag` was given where nothing reads it.
+    pub(crate) fn no_effect(flag: &str, here: &str) -> Self {
+        Self::usage(format!("`{flag}` has no effect {here}"))
+    }
+
     /// Work that was stopped.
     pub(crate) fn interrupted() -> Self {
         Self::new(Exit::Interrupted, "interrupted")

@@ -114,7 +114,7 @@ impl Asked {
             }
             (None, Some(path)) => {
                 if let Some(flag) = args.endpoint.first_without_server() {
-                    return Err(Failure::usage(format!("`{flag}` has no effect here"))
+                    return Err(Failure::no_effect(flag, "here")
                         .because("no server is asked")
                         .hint("pass --endpoint, or leave it out"));
                 }

@@ -482,7 +482,7 @@ fn judge(args: &JudgingArgs) -> Result<Box<dyn Judge>, Failure> {
         max_length: None,
     };
     if args.judge_endpoint.is_some() && choice != JudgeChoice::Endpoint {
-        return Err(Failure::usage("`--judge-endpoint` has no effect here")
+        return Err(Failure::no_effect("--judge-endpoint", "here")
             .because(format!("the judge is `{choice}`"))
             .hint("pass `--judge endpoint`, or leave it out"));
     }

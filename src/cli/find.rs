@@ -101,11 +101,9 @@ pub(super) fn prepare<'c>(
     reporter: &Reporter,
 ) -> Result<Prepared<'c>, Failure> {
     if search.trials.is_some() && work.state_every.is_some_and(|every| every > 0) {
-        return Err(
-            Failure::usage("`--state-every` has no effect with `--search`")
-                .because("a search is kept after every trial")
-                .hint("leave out `--state-every`, or pass 0 to keep nothing"),
-        );
+        return Err(Failure::no_effect("--state-every", "with `--search`")
+            .because("a search is kept after every trial")
+            .hint("leave out `--state-every`, or pass 0 to keep nothing"));
     }
     if !search.computes() {
         refuse_devices(run.device.as_ref(), "--method random --rho")?;

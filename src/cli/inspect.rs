@@ -42,7 +42,7 @@ pub(super) fn run(args: &InspectArgs, reporter: &Reporter) -> Result<(), Failure
         _ => Kind::Checkpoint,
     };
     if args.targets.is_some() && kind != Kind::Checkpoint {
-        return Err(Failure::usage("`--targets` has no effect here")
+        return Err(Failure::no_effect("--targets", "here")
             .because("only a checkpoint has targets to choose")
             .hint("leave out `--targets`"));
     }

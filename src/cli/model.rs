@@ -17,6 +17,7 @@ use panacea_patch::model::{AdapterModule, Config, Decoder, TargetSelection};
 use rayon::prelude::*;
 use serde_json::Value;
 
+use super::args::first_given;
 use super::base;
 use super::error::{Exit, Failure};
 use super::find::{read_config, required_side_file};
@@ -60,12 +61,11 @@ impl Model {
     pub(super) fn open(path: &Path, usage: Use<'_>, reporter: &Reporter) -> Result<Self, Failure> {
         let checkpoint = opened(path, reporter)?;
         if checkpoint.layout() != Layout::Adapter {
-            for (flag, given) in [("--base", usage.base.is_some()), ("--merge", usage.merge)] {
-                if given {
-                    return Err(Failure::usage(format!("`{flag}` has no effect here"))
-                        .because(format!("`{}` is not a LoRA adapter", path.display()))
-                        .hint(format!("leave out `{flag}`, or give a PEFT directory")));
-                }
+            let of_adapter = [("--base", usage.base.is_some()), ("--merge", usage.merge)];
+            if let Some(flag) = first_given(of_adapter) {
+                return Err(Failure::no_effect(flag, "here")
+                    .because(format!("`{}` is not a LoRA adapter", path.display()))
+                    .hint(format!("leave out `{flag}`, or give a PEFT directory")));
             }
             refuse_bare_weights(&checkpoint)?;
             let is_gguf = checkpoint.layout().is_gguf();
@@ -99,7 +99,7 @@ impl Model {
                 Some(base)
             }
             false if usage.base.is_some() => {
-                return Err(Failure::usage("`--base` has no effect here")
+                return Err(Failure::no_effect("--base", "here")
                     .because("an adapter's own tensors are all that is read")
                     .hint("leave out `--base`, or pass `--merge`"));
             }

@@ -35,7 +35,7 @@ pub(super) fn run(
     };
     let model = Model::open(&args.model, usage, reporter)?;
     if args.form.peft.is_some() && model.space() == Space::Adapter {
-        return Err(Failure::usage("`--peft` has no effect on a LoRA adapter")
+        return Err(Failure::no_effect("--peft", "on a LoRA adapter")
             .because("its perturbation is of A and B, and has no adapter of its own")
             .hint("leave out `--peft`; `panacea-patch apply` writes the patched adapter"));
     }

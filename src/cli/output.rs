@@ -517,7 +517,7 @@ fn refuse_other_than_directory(model: &Model) -> Result<(), Failure> {
         Layout::Directory | Layout::Sharded => Ok(()),
         layout => {
             let path = model.copied().path().display();
-            let failure = Failure::usage("`--gguf` has no effect here");
+            let failure = Failure::no_effect("--gguf", "here");
             Err(match layout {
                 Layout::Gguf | Layout::SplitGguf => failure
                     .because(format!("`{path}` is a GGUF file already"))

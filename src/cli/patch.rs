@@ -39,11 +39,9 @@ pub(super) fn run(args: &PatchArgs, launch: &Launch, reporter: &Reporter) -> Res
             &[file],
         )?;
         if args.evaluation.control {
-            return Err(
-                Failure::usage("`--control` has no effect with `--perturbation`")
-                    .because("noise is drawn for the targets of a search")
-                    .hint("leave it out; `--method random --rho NORM` makes a control of its own"),
-            );
+            return Err(Failure::no_effect("--control", "with `--perturbation`")
+                .because("noise is drawn for the targets of a search")
+                .hint("leave it out; `--method random --rho NORM` makes a control of its own"));
         }
         let places = output.places(model.copied());
         let evaluation = evaluation.map(|it| it.telling(args, places)).transpose()?;

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::{
     AdditionArgs, DataArgs, DeviceArg, FinalEpsName, GgufArgs, MethodArgs, MethodName, PartName,
-    PatchArgs, RhoArg, RoundingName,
+    PatchArgs, RhoArg, RoundingName, first_given,
 };
 use super::error::Failure;
 use super::model::Model;
@@ -295,23 +295,20 @@ impl Search {
         let (Radius::Fixed(rho), None) = (self.radius(), &self.trials) else {
             return Ok(());
         };
-        for (flag, given) in [
+        let budgets = [
             ("--kl-budget", method.kl_budget.is_some()),
             ("--task-budget", method.task_budget.is_some()),
-        ] {
-            if given {
-                return Err(
-                    Failure::usage(format!("`{flag}` has no effect with a fixed rho"))
-                        .because(format!("rho is {rho}, so no radius is searched for"))
-                        .hint(format!("pass `--rho auto`, or leave out `{flag}`")),
-                );
-            }
+        ];
+        match first_given(budgets) {
+            None => Ok(()),
+            Some(flag) => Err(Failure::no_effect(flag, "with a fixed rho")
+                .because(format!("rho is {rho}, so no radius is searched for"))
+                .hint(format!("pass `--rho auto`, or leave out `{flag}`"))),
         }
-        Ok(())
     }
 
     fn refuse_unused_data(&self, data: &DataArgs, evaluates: bool) -> Result<(), Failure> {
-        let method = self.method();
+        let on_run = format!("on this run of method `{}`", self.method());
         for (flag, set, given) in [
             ("--harmful", Set::Harmful, data.harmful.is_some()),
             ("--task", Set::Task, data.task.is_some()),
@@ -319,26 +316,21 @@ impl Search {
             ("--refusals", Set::Refusals, data.refusals.is_some()),
         ] {
             if given && !self.uses(set) {
-                return Err(Failure::usage(format!(
-                    "`{flag}` has no effect on this run of method `{method}`"
-                ))
-                .because(format!("with these settings it reads no {set} rows"))
-                .hint(format!("leave out `{flag}`, or use `--method adaptive`")));
+                return Err(Failure::no_effect(flag, &on_run)
+                    .because(format!("with these settings it reads no {set} rows"))
+                    .hint(format!("leave out `{flag}`, or use `--method adaptive`")));
             }
         }
-        for (flag, given) in [
+        let of_rows = [
             ("--template", data.template.is_some() && !evaluates),
             ("--max-length", data.max_length.is_some()),
-        ] {
-            if given && !self.computes() {
-                return Err(Failure::usage(format!(
-                    "`{flag}` has no effect on this run of method `{method}`"
-                ))
+        ];
+        match first_given(of_rows).filter(|_| !self.computes()) {
+            None => Ok(()),
+            Some(flag) => Err(Failure::no_effect(flag, &on_run)
                 .because("with a fixed rho it reads no rows")
-                .hint(format!("leave out `{flag}`")));
-            }
+                .hint(format!("leave out `{flag}`"))),
         }
-        Ok(())
     }
 }
 
@@ -372,17 +364,11 @@ pub(super) fn refuse_search_flags(args: &PatchArgs, evaluates: bool) -> Result<(
         ("--state-every", work.state_every.is_some()),
     ];
     let of_methods = method_flags(method).map(|(flag, given, _)| (flag, given));
-    match flags
-        .into_iter()
-        .chain(of_methods)
-        .find(|(_, given)| *given)
-    {
+    match first_given(flags.into_iter().chain(of_methods)) {
         None => Ok(()),
-        Some((flag, _)) => Err(Failure::usage(format!(
-            "`{flag}` has no effect with `--perturbation`"
-        ))
-        .because("a perturbation that is loaded from a file is not searched for")
-        .hint(format!("leave out `{flag}` or `--perturbation`"))),
+        Some(flag) => Err(Failure::no_effect(flag, "with `--perturbation`")
+            .because("a perturbation that is loaded from a file is not searched for")
+            .hint(format!("leave out `{flag}` or `--perturbation`"))),
     }
 }
 
@@ -415,10 +401,10 @@ pub(super) fn check_addition(
         ),
         ("--min-realized", args.min_realized.is_some()),
     ];
-    let given = flags.into_iter().find(|(_, given)| *given);
+    let given = first_given(flags);
     match given.filter(|_| !model.checkpoint.layout().is_gguf()) {
         None => Ok(()),
-        Some((flag, _)) => Err(Failure::usage(format!("`{flag}` has no effect here"))
+        Some(flag) => Err(Failure::no_effect(flag, "here")
             .because(format!(
                 "`{}` is no GGUF file, and its tensors keep their type",
                 model.checkpoint.path().display()
@@ -479,15 +465,14 @@ fn refuse_flags_of_other_methods(method: MethodName, args: &MethodArgs) -> Resul
         if given && !used_by.contains(&method) {
             let users: Vec<&str> = used_by.iter().map(spelled).collect();
             let users = users.join(" and ");
-            return Err(Failure::usage(format!(
-                "`{flag}` has no effect with {}",
-                spelled(&method)
-            ))
-            .because(format!("it belongs to {users}"))
-            .hint(format!(
-                "leave out `{flag}`, or pass {}",
-                spelled(&used_by[0])
-            )));
+            return Err(
+                Failure::no_effect(flag, &format!("with {}", spelled(&method)))
+                    .because(format!("it belongs to {users}"))
+                    .hint(format!(
+                        "leave out `{flag}`, or pass {}",
+                        spelled(&used_by[0])
+                    )),
+            );
         }
     }
     Ok(())

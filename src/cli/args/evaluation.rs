@@ -10,7 +10,7 @@ use panacea_patch::eval::judge::{JudgeChoice, Threshold};
 use panacea_patch::eval::task::GradingChoice;
 
 use super::values::{at_least_one, explained};
-use super::{BaseArgs, RunArgs};
+use super::{BaseArgs, RunArgs, first_given};
 
 /// Measure whether a model refuses what it should and still does what it did.
 ///
@@ -179,12 +179,11 @@ fn gate(text: &str) -> Result<Gate, String> {
 impl EndpointArgs {
     /// The first flag of a server that was given where no server was.
     pub(crate) fn first_without_server(&self) -> Option<&'static str> {
-        [
+        let of_server = [
             ("--endpoint-model", self.endpoint_model.is_some()),
             ("--concurrency", self.concurrency.is_some()),
-        ]
-        .into_iter()
-        .find_map(|(flag, given)| (given && self.endpoint.is_none()).then_some(flag))
+        ];
+        first_given(of_server).filter(|_| self.endpoint.is_none())
     }
 }
 
@@ -198,7 +197,7 @@ impl JudgingArgs {
 
     /// The first of these flags that was given.
     pub(crate) fn first_given(&self) -> Option<&'static str> {
-        [
+        first_given([
             ("--judge", self.judge.is_some()),
             ("--judge-template", self.judge_template.is_some()),
             ("--judge-threshold", self.judge_threshold.is_some()),
@@ -207,9 +206,7 @@ impl JudgingArgs {
             ("--max-new-tokens", self.max_new_tokens.is_some()),
             ("--task-tokens", self.task_tokens.is_some()),
             ("--journal", self.journal.is_some()),
-        ]
-        .into_iter()
-        .find_map(|(flag, given)| given.then_some(flag))
+        ])
     }
 }
 

@@ -11,7 +11,7 @@ use panacea_patch::manifest::Role;
 use serde_json::Map;
 
 use super::{Job, read, refused};
-use crate::cli::args::ConvertArgs;
+use crate::cli::args::{ConvertArgs, first_given};
 use crate::cli::base;
 use crate::cli::error::Failure;
 use crate::cli::find::required_side_file;
@@ -136,9 +136,9 @@ fn refuse_flags(args: &ConvertArgs) -> Result<(), Failure> {
             args.file_type.is_some_and(|it| it != FileType::F32),
         ),
     ];
-    match flags.into_iter().find(|(_, given)| *given) {
+    match first_given(flags) {
         None => Ok(()),
-        Some((flag, _)) => Err(Failure::usage(format!("`{flag}` has no effect here"))
+        Some(flag) => Err(Failure::no_effect(flag, "here")
             .because("adapters are one file of F32 tensors, without a tokenizer")
             .hint(format!("leave out `{flag}`"))),
     }

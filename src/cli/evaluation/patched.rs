@@ -76,7 +76,7 @@ impl PatchEvaluation {
         if !Self::is_wanted(args) {
             return match args.judging.first_given() {
                 None => Ok(None),
-                Some(flag) => Err(Failure::usage(format!("`{flag}` has no effect here"))
+                Some(flag) => Err(Failure::no_effect(flag, "here")
                     .because("no evaluation is asked for")
                     .hint(format!("pass --gate or --report, or leave out `{flag}`"))),
             };
