@@ -55,6 +55,18 @@ impl Scores {
         self.with(told(hs)).with(told(hs_plus))
     }
 
+    /// As if the judge had found `outcome` wherever it gave no valid verdict.
+    #[must_use]
+    pub fn with_invalid_as(&self, outcome: Outcome) -> Self {
+        let outcomes = self.outcomes.iter().map(|&found| match found {
+            Outcome::Invalid => outcome,
+            valid => valid,
+        });
+        let asked = self.figure(Measure::Hs).map_or("", |hs| &hs.asked);
+        self.clone()
+            .with_harmful(self.judge.clone(), asked, outcomes.collect())
+    }
+
     /// Adds a figure, in place of one of the same measure.
     #[must_use]
     pub fn with(mut self, figure: Figure) -> Self {
