@@ -84,7 +84,9 @@ fn divergence(p: &[f32], q: &[f32]) -> f64 {
         let (p, q) = (f64::from(p) - of_p, f64::from(q) - of_q);
         p.exp() * (p - q)
     };
-    p.iter().zip(q).map(term).sum::<f64>().max(0.0)
+    // NaN stays what it is.
+    let sum: f64 = p.iter().zip(q).map(term).sum();
+    sum.clamp(0.0, f64::INFINITY)
 }
 
 /// Positions whose logits are held at once.
@@ -118,5 +120,7 @@ mod tests {
         let expected = 0.5 * 2.0f64.ln() + 0.5 * (2.0f64 / 3.0).ln();
         assert!((divergence(&p, &q) - expected).abs() < 1e-7);
         assert_eq!(divergence(&p, &[1.0, 1.0]), 0.0);
+        // It was 0, which meets every gate.
+        assert!(divergence(&p, &[f32::NAN, 1.0]).is_nan());
     }
 }
