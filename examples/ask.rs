@@ -26,10 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--raw" => settings.form = Form::Prompt(Template::Raw),
             "--max-new-tokens" => max_new_tokens = arguments.next().ok_or(usage)?.parse()?,
             other if other.starts_with("--") => return Err(usage.into()),
-            _ => requests.push(Request {
-                text: argument,
-                input: None,
-            }),
+            _ => requests.push(Request::new(argument)),
         }
     }
     if let Ok(key) = std::env::var("API_KEY") {

@@ -47,9 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let encoder = Encoder::open(&files, template, usize::MAX, config.vocab_size)?;
     let mut decoder = Decoder::new(config, tensors, &TargetSelection::default())?;
 
-    let requests = prompts
-        .into_iter()
-        .map(|text| Request { text, input: None });
+    let requests = prompts.into_iter().map(Request::new);
     let prompts = requests
         .map(|request| encoder.prompt(&request))
         .collect::<Result<Vec<_>, _>>()?;

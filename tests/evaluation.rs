@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use sandbox::Sandbox;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Rows that nothing learns from.
 fn with_rows(sandbox: &Sandbox) {
@@ -98,6 +98,10 @@ fn nothing_is_written_when_a_gate_is_not_met() {
     assert_eq!(failed["found"]["gates"][0]["met"], false);
     assert!(!sandbox.path("out").exists());
     assert_eq!(sandbox.leavings(), Vec::<String>::new());
+    // The state of a search stayed.
+    let searched = "my-finetune --harmful h.jsonl --steps 1 --state-every 1 -o out --eval-harmful h.jsonl --max-new-tokens 4";
+    assert_eq!(report(&sandbox, &format!("{searched} --gate hs<0")).0, 1);
+    assert_eq!(sandbox.leavings(), Vec::<String>::new());
 
     let told = "--report r.html --junit r.xml --summary s.md";
     let (code, kept) = report(&sandbox, &format!("{noise} -o out --keep-failed {told}"));
@@ -170,6 +174,49 @@ fn results_go_on_from_a_journal() {
     again.sort();
     expected.sort();
     assert_eq!(again, expected);
+}
+
+/// Only one token ended an answer: chat models, whose turns end with another than their texts, talked on with themselves.
+#[test]
+fn an_answer_ends_at_each_of_the_tokens_that_the_generation_config_names() {
+    let sandbox = Sandbox::new();
+    let answers = |journal: &str| -> Vec<(String, bool)> {
+        let asked = "eval my-finetune --harmful h.jsonl --max-new-tokens 12";
+        sandbox.run(&format!("{asked} --journal {journal}"));
+        let text = fs::read_to_string(sandbox.path(journal)).unwrap();
+        let lines = text.lines().filter_map(|line| {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let answer = line.get("answer")?;
+            Some((
+                answer["text"].as_str()?.to_owned(),
+                answer["ended"].as_bool()?,
+            ))
+        });
+        lines.collect()
+    };
+    let before = answers("before.jsonl");
+    let tokenizer = sandbox.path("my-finetune/tokenizer.json");
+    let tokenizer = tokenizers::Tokenizer::from_file(tokenizer).unwrap();
+    let tokens = tokenizer.encode(before[0].0.as_str(), false).unwrap();
+    let (end, text) = (
+        tokens.get_ids()[3],
+        &before[0].0[tokens.get_offsets()[3].0..],
+    );
+    let config = json!({"eos_token_id": [1, end]});
+    fs::write(
+        sandbox.path("my-finetune/generation_config.json"),
+        config.to_string(),
+    )
+    .unwrap();
+    let after = answers("after.jsonl");
+    let (cut, ended) = &after[0];
+    assert!(ended, "{cut:?} of {:?}", before[0]);
+    assert!(
+        before[0].0.len() - cut.len() >= text.len(),
+        "{cut:?} of {:?}",
+        before[0]
+    );
+    assert!(before[0].0.starts_with(cut.as_str()));
 }
 
 /// A lone file is called otherwise until it is in its place, and what is kept of it went by its name: nothing of it was ever found again.

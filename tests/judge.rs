@@ -177,7 +177,28 @@ fn a_classifier_judges_as_panaceas_scorer_does() {
         refused,
     ];
     assert_eq!(outcomes, wanted);
-    assert!(judge.name().ends_with("seqcls threshold=0.5 max-length=64"));
+    let name = judge.name();
+    assert!(name.starts_with("seqcls:seqcls sha256="), "{name}");
+    assert!(name.ends_with(" threshold=0.5 max-length=64"), "{name}");
+}
+
+/// Judges went by their paths: verdicts of a checkpoint were taken for those of another one that had come into its place.
+#[test]
+fn a_checkpoint_is_known_by_what_it_holds_wherever_it_is() {
+    let name = |folder: &Path| {
+        let settings = JudgeSettings::default();
+        let judge = seqcls(folder).open(&settings, None).expect("a judge");
+        judge.name().split_once(' ').expect("a digest").1.to_owned()
+    };
+    let same = changed(|_| ());
+    let elsewhere = changed(|_| ());
+    assert_eq!(name(same.path()), name(elsewhere.path()));
+    let other = changed(|config| config["rms_norm_eps"] = 2e-6.into());
+    assert_ne!(name(same.path()), name(other.path()));
+    let tokenizer = elsewhere.path().join("tokenizer_config.json");
+    let text = fs::read_to_string(&tokenizer).expect("a config");
+    fs::write(&tokenizer, text + " ").expect("a config");
+    assert_ne!(name(same.path()), name(elsewhere.path()));
 }
 
 #[test]

@@ -301,10 +301,7 @@ fn an_encoder_reads_the_files_that_metadata_makes() {
     let files = TokenizerFiles::in_directory(directory.path()).unwrap();
     let encoder = Encoder::open(&files, TemplateChoice::Chat, 64, vocabulary("bytes")).unwrap();
     assert_eq!(encoder.eos(), 1);
-    let request = Request {
-        text: String::new(),
-        input: None,
-    };
+    let request = Request::new("");
     let prompt = encoder.prompt(&request).unwrap();
     // The default template of two: the token that begins a text, and an `x`.
     assert_eq!(prompt.len(), 2);

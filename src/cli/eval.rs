@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 
 use super::args::EvalArgs;
 use super::error::{Exit, Failure};
-use super::evaluation::{Answering, EvalFlags, EvalPaths, Evaluation, Findings, Told, server};
+use super::evaluation::{
+    API_KEY, Answering, Compared, EvalFlags, EvalPaths, Evaluation, Findings, Told, server,
+};
 use super::interrupt;
 use super::model::{Model, Use};
 use super::places::Places;
@@ -30,10 +32,14 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<(), Failure> {
         None => Answering::Here,
     };
     let template = args.sets.template.unwrap_or_default();
-    let evaluation = Evaluation::prepare(&paths, template, &args.judging)?.demanding(
+    let against = match &args.against {
+        None => Compared::Nothing,
+        Some(path) if is_results(path) => Compared::Results,
+        Some(_) => Compared::Model,
+    };
+    let evaluation = Evaluation::prepare(&paths, template, &args.judging, answering)?.demanding(
         &args.telling.gate,
-        answering,
-        args.against.is_some(),
+        against,
         &FLAGS,
     )?;
     interrupt::listen()?;
@@ -195,7 +201,8 @@ fn of_server(args: &EvalArgs, address: &Address) -> Result<Endpoint, Failure> {
         Some(TemplateChoice::Raw) => Form::Prompt(Template::Raw),
     };
     let model = args.endpoint.endpoint_model.as_deref();
-    server(address, model, form, args.endpoint.concurrency)
+    let concurrency = args.endpoint.concurrency;
+    server(address, model, form, concurrency, &[API_KEY])
 }
 
 fn is_results(path: &Path) -> bool {

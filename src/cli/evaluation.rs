@@ -64,6 +64,7 @@ impl EvalPaths {
 /// An evaluation of which every input was read.
 pub(super) struct Evaluation {
     suite: Suite,
+    answering: Answering,
     judge: Box<dyn Judge>,
     journal: Journal,
     /// Whether anything is kept, so that models have to be told apart by their digests.
@@ -131,6 +132,17 @@ pub(super) enum Answering {
     There,
 }
 
+/// What is compared with, as far as it decides the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compared {
+    /// Nothing.
+    Nothing,
+    /// A checkpoint.
+    Model,
+    /// The figures of one.
+    Results,
+}
+
 impl Evaluation {
     /// Reads and checks sets and judge.
     ///
@@ -140,6 +152,7 @@ impl Evaluation {
         paths: &EvalPaths,
         template: TemplateChoice,
         judging: &JudgingArgs,
+        answering: Answering,
     ) -> Result<Self, Failure> {
         let mut sources = Vec::new();
         let mut note = |role: &str, source: &Source, digest: Sha256| {
@@ -204,7 +217,8 @@ impl Evaluation {
                 task,
                 benign: benign.rows,
             },
-            judge: judge(judging)?,
+            answering,
+            judge: judge(judging, answering)?,
             journal: Journal::none(),
             keeps: false,
             template,
@@ -230,15 +244,14 @@ impl Evaluation {
         Ok(self)
     }
 
-    /// Demands `gates` of what is measured of whoever is `answering`; `compares` tells whether there is another model.
+    /// Demands `gates` of what is measured, or compared `against`.
     ///
     /// # Errors
     /// When nothing would measure one of them.
     pub(super) fn demanding(
         mut self,
         gates: &[Gate],
-        answering: Answering,
-        compares: bool,
+        against: Compared,
         flags: &EvalFlags,
     ) -> Result<Self, Failure> {
         for gate in gates {
@@ -263,7 +276,7 @@ impl Evaluation {
                 measure,
                 Measure::Kl | Measure::Perplexity | Measure::HarmfulLoss | Measure::TaskLoss
             );
-            if is_loss && answering == Answering::There {
+            if is_loss && self.answering == Answering::There {
                 let because = format!("a server tells no losses, and `{measure}` is one");
                 return refused(
                     because,
@@ -271,9 +284,13 @@ impl Evaluation {
                 );
             }
             let is_change = measure == Measure::Kl || matches!(gate.bound(), Bound::Change(_));
-            if is_change && !compares {
+            if is_change && against == Compared::Nothing {
                 let because = "there is no other checkpoint to compare with".to_owned();
                 return refused(because, "name one with --against".to_owned());
+            }
+            if measure == Measure::Kl && against == Compared::Results {
+                let because = "it takes both checkpoints, and results hold figures only".to_owned();
+                return refused(because, "name the checkpoint with --against".to_owned());
             }
         }
         self.gates = gates.to_vec();
@@ -470,7 +487,7 @@ fn opened<R: panacea_patch::data::Row>(
     })
 }
 
-fn judge(args: &JudgingArgs) -> Result<Box<dyn Judge>, Failure> {
+fn judge(args: &JudgingArgs, answering: Answering) -> Result<Box<dyn Judge>, Failure> {
     let choice = args.judge.clone().unwrap_or_default();
     let settings = JudgeSettings {
         template: args
@@ -489,22 +506,29 @@ fn judge(args: &JudgingArgs) -> Result<Box<dyn Judge>, Failure> {
     let endpoint = match &args.judge_endpoint {
         None => None,
         Some(address) => {
-            let server = server(address, args.judge_model.as_deref(), Form::Chat, None)?;
+            let model = args.judge_model.as_deref();
+            // A key is shown to nobody else than whom it is for.
+            let keys = match answering {
+                Answering::Here => &[JUDGE_API_KEY, API_KEY][..],
+                Answering::There => &[JUDGE_API_KEY],
+            };
+            let server = server(address, model, Form::Chat, None, keys)?;
             Some(Box::new(server) as Box<dyn Answerer>)
         }
     };
     Ok(choice.open(&settings, endpoint)?)
 }
 
-/// The server at `address`.
+/// The server at `address`, which knows its user by the first of the variables `keys` that is set.
 ///
 /// # Errors
-/// When the key in the environment is none.
+/// When what that holds is no key.
 pub(super) fn server(
     address: &Address,
     model: Option<&str>,
     form: Form,
     concurrency: Option<usize>,
+    keys: &[&str],
 ) -> Result<Endpoint, Failure> {
     let mut settings = EndpointSettings::to(address.clone());
     settings.model = model.map(str::to_owned);
@@ -513,9 +537,13 @@ pub(super) fn server(
     if let Some(concurrency) = concurrency {
         settings.concurrency = concurrency;
     }
-    if let Some(key) = std::env::var(API_KEY).ok().filter(|key| !key.is_empty()) {
+    let set = keys.iter().find_map(|&variable| {
+        let key = std::env::var(variable).ok();
+        Some((variable, key.filter(|key| !key.is_empty())?))
+    });
+    if let Some((variable, key)) = set {
         let key: ApiKey = key.parse().map_err(|error| {
-            Failure::doing(Exit::Usage, format!("{API_KEY} holds no key"), &error)
+            Failure::doing(Exit::Usage, format!("{variable} holds no key"), &error)
         })?;
         settings.api_key = Some(key);
     }
@@ -555,4 +583,7 @@ const TASK_TOKENS: usize = 200;
 const MAX_LENGTH: usize = 2048;
 
 /// Where a server's key is.
-const API_KEY: &str = "OPENAI_API_KEY";
+pub(super) const API_KEY: &str = "OPENAI_API_KEY";
+
+/// Where the key of the judge's server is.
+const JUDGE_API_KEY: &str = "JUDGE_API_KEY";

@@ -9,7 +9,7 @@ use panacea_formats::{
     BaseProblem, Checkpoint, DataSource, DeltaTensor, FormatError, PerturbationRecord, Problems,
     describe_base, shown,
 };
-use panacea_patch::data::{Encoder, Sets, Text, TokenizerFiles};
+use panacea_patch::data::{Encoder, Sets, TokenizerFiles};
 use panacea_patch::manifest::{Dependency, Role};
 use panacea_patch::model::device::DeviceDecoder;
 use panacea_patch::model::{
@@ -156,6 +156,11 @@ pub(super) fn prepare<'c>(
             source.rows,
             shown(&source.name)
         ));
+    }
+    if search.uses(Set::Task) && !used.iter().any(|(set, _)| *set == Set::Task) {
+        reporter.note(
+            "nothing watches the task that the model was fine-tuned for; give some of its rows with --task",
+        );
     }
     let side_files = match model.checkpoint.layout().is_gguf() {
         true => Vec::new(),
@@ -701,18 +706,7 @@ pub(super) fn required_side_file(checkpoint: &Checkpoint, name: &str) -> Result<
 
 /// The files besides weights that decide the result.
 pub(super) fn side_inputs(config: &Path, files: &TokenizerFiles) -> Vec<PathBuf> {
-    let texts = [
-        &files.tokenizer_config,
-        &files.special_tokens_map,
-        &files.chat_template,
-        &files.generation_config,
-    ];
-    let texts = texts.into_iter().flatten().chain([&files.tokenizer]);
-    let mut paths: Vec<PathBuf> = texts
-        .filter_map(Text::file)
-        .chain([config])
-        .map(Path::to_owned)
-        .collect();
+    let mut paths: Vec<PathBuf> = files.files().chain([config]).map(Path::to_owned).collect();
     paths.sort();
     paths
 }

@@ -83,7 +83,7 @@ pub(super) fn run(
     let saver = state.saver(prepared.identity());
     let mut found = prepared
         .run(saver, resumed, launch, reporter)
-        .map_err(|failure| state.explain(failure))?;
+        .map_err(|failure| state.ended(failure))?;
     let made = form.make(&found, reporter)?;
     found.record.parameters.extend(made.parameters());
 
@@ -222,9 +222,14 @@ impl State {
         })
     }
 
-    /// Adds to an interruption what can be done about it.
-    pub(super) fn explain(&self, failure: Failure) -> Failure {
+    /// What becomes of it where the work ends with `failure`: kept and pointed out where somebody stopped the work, and deleted where a check
+    /// said no, when nothing is to be left.
+    pub(super) fn ended(&self, failure: Failure) -> Failure {
         match failure.exit {
+            Exit::SaidNo => {
+                self.discard();
+                failure
+            }
             Exit::Interrupted if self.path.exists() => failure
                 .because(format!("the state is in `{}`", self.path.display()))
                 .hint(match self.resume {

@@ -77,7 +77,7 @@ pub(super) fn run(args: &PatchArgs, launch: &Launch, reporter: &Reporter) -> Res
     let saver = state.saver(prepared.identity());
     let found = prepared
         .run(saver, resumed, launch, reporter)
-        .map_err(|failure| state.explain(failure))?;
+        .map_err(|failure| state.ended(failure))?;
 
     let mut parameters = settings::addition_parameters(addition, &model);
     parameters.insert("method".to_owned(), json!(found.record.method));
@@ -120,7 +120,7 @@ pub(super) fn run(args: &PatchArgs, launch: &Launch, reporter: &Reporter) -> Res
     let wanted = Wanted::in_memory(found.deltas())?;
     let written = output
         .write(&model, &wanted, addition, origin, reporter)
-        .map_err(|failure| state.explain(failure))?;
+        .map_err(|failure| state.ended(failure))?;
     state.discard();
 
     let mut table = Table::new();

@@ -8,7 +8,7 @@ use panacea_formats::{Checkpoint, TensorView, gguf::Metadata};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::config::{GgufConfigError, from_gguf};
+use super::config::{GgufConfigError, from_gguf, generation_config};
 use super::names::{Architecture, Source, UnknownArchitecture};
 use super::tokenizer::{self, TokenizerError};
 use crate::data::{Text, TokenizerFiles};
@@ -112,7 +112,10 @@ impl StoredModel {
             chat_template: texts
                 .chat_template
                 .map(|template| held("chat_template.jinja", template)),
-            generation_config: None,
+            generation_config: Some(held(
+                "generation_config.json",
+                generation_config(metadata)?.to_string(),
+            )),
             config: None,
         })
     }

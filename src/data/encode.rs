@@ -27,6 +27,8 @@ pub struct Encoder {
     max_length: usize,
     vocabulary: usize,
     eos: Eos,
+    /// Those that end an answer.
+    ends: Vec<u32>,
     special_tokens: SpecialTokens,
 }
 
@@ -90,6 +92,7 @@ impl Encoder {
             template,
             max_length,
             vocabulary,
+            ends: eos.with_others(&side),
             eos,
             special_tokens: SpecialTokens::default(),
         })
@@ -118,6 +121,11 @@ impl Encoder {
     /// The end-of-sequence token.
     pub fn eos(&self) -> u32 {
         self.eos.id
+    }
+
+    /// The tokens that end an answer: the end-of-sequence token, and others that the side files name.
+    pub fn ends(&self) -> &[u32] {
+        &self.ends
     }
 
     /// The text of the end-of-sequence token; empty if the tokenizer does not know it.
@@ -476,22 +484,18 @@ mod tests {
 
     #[test]
     fn added_special_tokens_stay_when_a_prompt_is_cut_and_are_not_doubled() {
-        let request = |text: &str| Request {
-            text: text.to_owned(),
-            input: None,
-        };
         let open = |max_length, special| {
             encoder(TemplateChoice::Raw, max_length).with_special_tokens(special)
         };
-        let text = request("What is the capital of Australia?");
+        let text = Request::new("What is the capital of Australia?");
         let bare = open(64, SpecialTokens::Spelled).prompt(&text).unwrap();
         let begin = open(64, SpecialTokens::Spelled)
-            .prompt(&request("<|begin|>"))
+            .prompt(&Request::new("<|begin|>"))
             .unwrap();
         assert_eq!(begin.len(), 1);
         let whole = [begin.clone(), bare.clone()].concat();
         assert_eq!(open(64, SpecialTokens::Added).prompt(&text).unwrap(), whole);
-        let spelled = request(&format!("<|begin|>{}", text.text));
+        let spelled = Request::new(format!("<|begin|>{}", text.text));
         assert_eq!(
             open(64, SpecialTokens::Added).prompt(&spelled).unwrap(),
             whole
@@ -502,10 +506,7 @@ mod tests {
 
     #[test]
     fn prompts_are_cut_at_their_beginning() {
-        let request = Request {
-            text: "What is the capital of Australia?".to_owned(),
-            input: None,
-        };
+        let request = Request::new("What is the capital of Australia?");
         let whole = encoder(TemplateChoice::Chat, 64).prompt(&request).unwrap();
         let cut = encoder(TemplateChoice::Chat, 4).prompt(&request).unwrap();
         assert_eq!(cut, whole[whole.len() - 4..]);
@@ -551,6 +552,26 @@ mod tests {
         assert_eq!(eos().unwrap(), 0);
     }
 
+    /// Answers went on behind the end of a turn, where that is another token than the end of a text.
+    #[test]
+    fn answers_end_with_every_token_that_the_generation_config_names() {
+        let copy = copy();
+        let write = |name: &str, json: &str| fs::write(copy.path().join(name), json).unwrap();
+        let ends = || {
+            open(copy.path(), TemplateChoice::Raw)
+                .unwrap()
+                .ends()
+                .to_vec()
+        };
+        write("tokenizer_config.json", r#"{"eos_token": "<|begin|>"}"#);
+        write("config.json", r#"{"eos_token_id": [0, 5]}"#);
+        assert_eq!(ends(), [0, 5]);
+        write("generation_config.json", r#"{"eos_token_id": [6, 0, 7]}"#);
+        assert_eq!(ends(), [0, 6, 7]);
+        write("generation_config.json", r#"{"eos_token_id": 6}"#);
+        assert_eq!(ends(), [0, 6]);
+    }
+
     #[test]
     fn auto_is_alpaca_without_a_chat_template() {
         let copy = copy();
@@ -571,10 +592,7 @@ mod tests {
         let copy = copy();
         fs::write(copy.path().join("chat_template.jinja"), "{{ bos_token }}!").unwrap();
         let encoder = open(copy.path(), TemplateChoice::Auto).unwrap();
-        let request = Request {
-            text: "x".to_owned(),
-            input: None,
-        };
+        let request = Request::new("x");
         assert_eq!(encoder.template().prompt(&request).unwrap(), "<|begin|>!");
     }
 

@@ -53,22 +53,22 @@ impl Dialogue {
     pub fn first_request(&self) -> &str {
         match self {
             Self::Single { request, .. } => &request.text,
-            Self::Turns(turns) => turns
-                .iter()
-                .take_while(|turn| turn.role != Role::Assistant)
-                .filter(|turn| turn.role == Role::User)
+            Self::Turns(turns) => until_question(turns)
                 .last()
                 .map_or("", |turn| &turn.content),
         }
     }
 
-    /// What a question would be that asks for the first answer.
+    /// What asks for the first answer, with all that was said before.
     pub fn question(&self) -> Request {
         match self {
             Self::Single { request, .. } => request.clone(),
-            Self::Turns(_) => Request {
-                text: self.first_request().to_owned(),
-                input: None,
+            Self::Turns(turns) => Request {
+                before: match until_question(turns) {
+                    [before @ .., _] => before.to_vec(),
+                    [] => Vec::new(),
+                },
+                ..Request::new(self.first_request())
             },
         }
     }
@@ -118,6 +118,14 @@ impl Dialogue {
     }
 }
 
+/// `turns` up to the last of the user's before the first answer.
+fn until_question(turns: &[Message]) -> &[Message] {
+    let asked = turns.split(|turn| turn.role == Role::Assistant).next();
+    let asked = asked.unwrap_or_default();
+    let question = asked.iter().rposition(|turn| turn.role == Role::User);
+    &asked[..question.map_or(0, |place| place + 1)]
+}
+
 /// What a model is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -125,6 +133,38 @@ pub struct Request {
     pub text: String,
     /// What it is about, in rows that keep that apart; not empty.
     pub input: Option<String>,
+    /// What was said before it, such as the system's instructions; mostly nothing.
+    pub before: Vec<Message>,
+}
+
+impl Request {
+    /// A request that stands by itself.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            input: None,
+            before: Vec::new(),
+        }
+    }
+
+    /// All that was said, and the request with its input as the user's turn.
+    pub fn turns(&self) -> Vec<Message> {
+        let content = match &self.input {
+            Some(input) => format!("{}\n\n{input}", self.text),
+            None => self.text.clone(),
+        };
+        let question = Message {
+            role: Role::User,
+            content,
+        };
+        self.before.iter().cloned().chain([question]).collect()
+    }
+
+    /// The same about `input`.
+    #[must_use]
+    pub fn about(self, input: Option<String>) -> Self {
+        Self { input, ..self }
+    }
 }
 
 /// A way of refusing.
@@ -210,29 +250,20 @@ impl Row for Request {
     fn from_record(record: &Record) -> Result<Self, RowProblem> {
         let fields = &record.fields;
         if let Some(turns) = messages(fields)? {
-            return match &turns[..] {
-                [
-                    Message {
-                        role: Role::User,
-                        content,
-                    },
-                ] => Ok(Self {
-                    text: content.clone(),
-                    input: None,
-                }),
-                [
-                    Message {
-                        role: Role::User,
-                        content,
-                    },
-                    Message {
-                        role: Role::Assistant,
-                        ..
-                    },
-                ] => Ok(Self {
-                    text: content.clone(),
-                    input: None,
-                }),
+            let asked = match &turns[..] {
+                [asked @ .., last] if last.role == Role::Assistant => asked,
+                asked => asked,
+            };
+            return match asked.split_last() {
+                Some((question, before))
+                    if question.role == Role::User
+                        && before.iter().all(|turn| turn.role == Role::System) =>
+                {
+                    Ok(Self {
+                        before: before.to_vec(),
+                        ..Self::new(&question.content)
+                    })
+                }
                 _ => Err(RowProblem::NotOneQuestion { turns: turns.len() }),
             };
         }
@@ -316,7 +347,7 @@ pub enum RowProblem {
     NoAnswer,
     /// A conversation where one question was expected.
     #[error(
-        "`messages` has {turns} turns, where one question, or one with its answer, is expected"
+        "`messages` has {turns} turns, where one question after the system's instructions, if any, is expected, and at most one answer"
     )]
     NotOneQuestion {
         /// How many turns there are.
@@ -346,10 +377,7 @@ fn request(fields: &Map<String, Value>) -> Result<Option<Request>, RowProblem> {
         Some(Value::String(input)) => Some(input.clone()).filter(|input| !input.is_empty()),
         Some(other) => return Err(not_a_string("input".to_owned(), other)),
     };
-    Ok(Some(Request {
-        text: text.to_owned(),
-        input,
-    }))
+    Ok(Some(Request::new(text).about(input)))
 }
 
 /// The first of `names` that is there and not null; it must be a string that says something.
@@ -552,12 +580,26 @@ mod tests {
         let chat =
             r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}"#;
         assert_eq!(read::<Request>(chat).unwrap().text, "q");
-        let system =
-            r#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"q"}]}"#;
-        assert_eq!(
-            read::<Request>(system),
-            Err(RowProblem::NotOneQuestion { turns: 2 })
-        );
+        assert!(matches!(
+            read::<Request>(CHAT),
+            Err(RowProblem::NotOneQuestion { turns: 5 })
+        ));
+    }
+
+    /// Task items were asked without their system prompt, and scored against answers that were given with it.
+    #[test]
+    fn what_was_said_before_a_question_is_part_of_it() {
+        let row = r#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"q"},
+                      {"role":"assistant","content":"a"}]}"#;
+        let request: Request = read(row).unwrap();
+        assert_eq!(read::<Example>(row).unwrap().dialogue.question(), request);
+        assert_eq!((request.text.as_str(), request.before.len()), ("q", 1));
+        let turns = request.turns();
+        let turns = turns.iter().map(|it| (it.role, it.content.as_str()));
+        let expected = [(Role::System, "s"), (Role::User, "q")];
+        assert_eq!(turns.collect::<Vec<_>>(), expected);
+        let first = read::<Example>(CHAT).unwrap().dialogue.question();
+        assert_eq!((first.text.as_str(), first.before.len()), ("one", 1));
     }
 
     const CHAT: &str = r#"{"messages":[

@@ -24,7 +24,7 @@ pub struct TokenizerFiles {
     pub special_tokens_map: Option<Text>,
     /// `chat_template.jinja`: goes before the one in `tokenizer_config.json`.
     pub chat_template: Option<Text>,
-    /// `generation_config.json`: the end-of-sequence id, where no special token says it.
+    /// `generation_config.json`: the ids that end an answer; the first is the end-of-sequence token, where no special token says it.
     pub generation_config: Option<Text>,
     /// `config.json`: likewise.
     pub config: Option<Text>,
@@ -107,6 +107,20 @@ impl TokenizerFiles {
         })
     }
 
+    /// Those that are files, but for `config.json`, which is the model's.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let texts = [
+            &self.tokenizer_config,
+            &self.special_tokens_map,
+            &self.chat_template,
+            &self.generation_config,
+        ];
+        let texts = [&self.tokenizer]
+            .into_iter()
+            .chain(texts.into_iter().flatten());
+        texts.filter_map(Text::file)
+    }
+
     /// Looks for each file in `directory`.
     ///
     /// # Errors
@@ -158,6 +172,20 @@ impl SideFiles {
             })
     }
 
+    /// The ids that `generation_config.json` names as ends of a text, else those of `config.json`: one, or a list.
+    fn end_ids(&self) -> Vec<u32> {
+        let id = |value: &Value| u32::try_from(value.as_u64()?).ok();
+        let ids = |config: &Value| -> Option<Vec<u32>> {
+            match config.get("eos_token_id")? {
+                Value::Array(ids) => Some(ids.iter().filter_map(id).collect()),
+                one => id(one).map(|it| vec![it]),
+            }
+        };
+        let configs = [&self.generation_config, &self.config];
+        let mut named = configs.into_iter().flatten().filter_map(ids);
+        named.find(|ids| !ids.is_empty()).unwrap_or_default()
+    }
+
     /// From `chat_template.jinja`, else from `tokenizer_config.json`: a string, or a list of named templates of which the one called
     /// `default` is meant.
     pub(super) fn chat_template(&self) -> Result<Option<Box<ChatTemplate>>, ChatError> {
@@ -193,7 +221,7 @@ pub(super) struct Eos {
 }
 
 impl Eos {
-    /// The special token first, as transformers has it; then the ids, of a list the first.
+    /// The special token first, as transformers has it; then the first of the ids.
     pub(super) fn find(side: &SideFiles, tokenizer: &Tokenizer) -> Result<Self, EncodeError> {
         if let Some(text) = side.special_token("eos_token")
             && let Some(id) = tokenizer.token_to_id(text)
@@ -203,19 +231,19 @@ impl Eos {
                 text: text.to_owned(),
             });
         }
-        let id = [&side.generation_config, &side.config]
-            .into_iter()
-            .flatten()
-            .find_map(|config| {
-                let value = config.get("eos_token_id")?;
-                let first = value.as_array().map_or(Some(value), |ids| ids.first())?;
-                u32::try_from(first.as_u64()?).ok()
-            })
-            .ok_or(EncodeError::NoEos)?;
+        let ids = side.end_ids();
+        let id = *ids.first().ok_or(EncodeError::NoEos)?;
         Ok(Self {
             id,
             text: tokenizer.id_to_token(id).unwrap_or_default(),
         })
+    }
+
+    /// All that end an answer: this one, and those that the side files name beside it, such as the end of a turn.
+    pub(super) fn with_others(&self, side: &SideFiles) -> Vec<u32> {
+        let mut ends = vec![self.id];
+        ends.extend(side.end_ids().into_iter().filter(|&id| id != self.id));
+        ends
     }
 }
 

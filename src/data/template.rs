@@ -99,10 +99,7 @@ impl Template {
                         content: response,
                     },
                 ] => {
-                    let request = Request {
-                        text: content.clone(),
-                        input: None,
-                    };
+                    let request = Request::new(content);
                     Ok(single(self.prompt(&request)?, response))
                 }
                 _ => Err(TemplateError::NotSingle { turns: turns.len() }),
@@ -114,9 +111,18 @@ impl Template {
     /// one `user` turn.
     ///
     /// # Errors
-    /// [`TemplateError::Chat`] when the chat template refuses.
+    /// [`TemplateError::Chat`] when the chat template refuses, [`TemplateError::NotSingle`] when there is none for what was said before.
     pub fn prompt(&self, request: &Request) -> Result<String, TemplateError> {
-        let Request { text, input } = request;
+        let Request {
+            text,
+            input,
+            before,
+        } = request;
+        if !before.is_empty() && !matches!(self, Self::Chat(_)) {
+            return Err(TemplateError::NotSingle {
+                turns: before.len() + 1,
+            });
+        }
         Ok(match (self, input) {
             (Self::Alpaca, Some(input)) => format!(
                 "{ALPACA}, paired with an input that provides further context. {ALPACA_WRITE}\n\n\
@@ -127,17 +133,7 @@ impl Template {
             }
             (Self::Raw, Some(input)) => format!("{text}\n\n{input}"),
             (Self::Raw, None) => text.clone(),
-            (Self::Chat(template), input) => {
-                let content = match input {
-                    Some(input) => format!("{text}\n\n{input}"),
-                    None => text.clone(),
-                };
-                let turn = Message {
-                    role: Role::User,
-                    content,
-                };
-                template.render(&[turn], true)?
-            }
+            (Self::Chat(template), _) => template.render(&request.turns(), true)?,
         })
     }
 }
@@ -248,10 +244,7 @@ mod tests {
     use super::*;
 
     fn request(text: &str, input: Option<&str>) -> Request {
-        Request {
-            text: text.to_owned(),
-            input: input.map(str::to_owned),
-        }
+        Request::new(text).about(input.map(str::to_owned))
     }
 
     fn turns(contents: &[(Role, &str)]) -> Dialogue {
@@ -290,6 +283,25 @@ mod tests {
     fn a_chat_template_sees_instruction_and_input_as_one_turn() {
         let prompt = chat(SIMPLE).prompt(&request("q", Some("i"))).unwrap();
         assert_eq!(prompt, "<user>q\n\ni</s><assistant>");
+    }
+
+    #[test]
+    fn what_was_said_before_needs_a_chat_template() {
+        let request = Request {
+            before: vec![Message {
+                role: Role::System,
+                content: "s".to_owned(),
+            }],
+            ..Request::new("q")
+        };
+        let prompt = chat(SIMPLE).prompt(&request).unwrap();
+        assert_eq!(prompt, "<system>s</s><user>q</s><assistant>");
+        for template in [Template::Alpaca, Template::Raw] {
+            assert!(matches!(
+                template.prompt(&request),
+                Err(TemplateError::NotSingle { turns: 2 })
+            ));
+        }
     }
 
     #[test]

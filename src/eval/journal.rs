@@ -125,8 +125,20 @@ impl Journal {
     ) -> Result<Vec<Answer>, JournalError> {
         let identity = answerer.identity();
         let key = |request: &Request| {
-            let Request { text, input } = request;
-            key_of(&json!(["answer", identity, max_new_tokens, text, input]))
+            let Request {
+                text,
+                input,
+                before,
+            } = request;
+            let mut key = json!(["answer", identity, max_new_tokens, text, input]);
+            if let Some(key) = key.as_array_mut() {
+                key.extend(
+                    before
+                        .iter()
+                        .map(|it| json!([it.role.as_str(), it.content])),
+                );
+            }
+            key_of(&key)
         };
         let keys: Vec<Sha256> = requests.iter().map(key).collect();
         self.rows(&keys, progress, |places, take| {

@@ -75,11 +75,7 @@ impl Judge for Ruler {
 }
 
 fn requests(texts: &[&str]) -> Vec<Request> {
-    let request = |text: &&str| Request {
-        text: (*text).to_owned(),
-        input: None,
-    };
-    texts.iter().map(request).collect()
+    texts.iter().map(|&text| Request::new(text)).collect()
 }
 
 fn on(_: usize, _: usize) -> ControlFlow<()> {

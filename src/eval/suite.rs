@@ -303,8 +303,11 @@ fn asked<'t>(texts: impl Iterator<Item = &'t str>, settings: &[&dyn Display]) ->
 }
 
 fn requests(rows: &[Request]) -> impl Iterator<Item = &str> {
-    rows.iter()
-        .flat_map(|row| [row.text.as_str(), row.input.as_deref().unwrap_or_default()])
+    rows.iter().flat_map(|row| {
+        let asked = [row.text.as_str(), row.input.as_deref().unwrap_or_default()];
+        let before = row.before.iter().map(|turn| turn.content.as_str());
+        asked.into_iter().chain(before)
+    })
 }
 
 fn dialogues(rows: &[Example]) -> impl Iterator<Item = &str> {

@@ -17,7 +17,8 @@ use std::process::{Command, Stdio};
 /// - `my-adapter/`: a LoRA adapter of `my-finetune`, which its config names
 /// - `h.jsonl`, `t.jsonl`, `b.jsonl`: eight harmful, task and benign rows
 /// - `keys/`: `testdata/keys`
-/// - `edit.py`-free ways to damage files are the shell's own
+///
+/// Tests damage files by the shell's own means.
 pub struct Sandbox {
     directory: tempfile::TempDir,
 }

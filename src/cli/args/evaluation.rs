@@ -144,6 +144,8 @@ pub(crate) struct JudgingArgs {
     pub(crate) judge_threshold: Option<Threshold>,
 
     /// The server of `--judge endpoint`.
+    ///
+    /// A key is read from the variable JUDGE_API_KEY; without it from OPENAI_API_KEY, where no other server is asked.
     #[arg(long, value_name = "URL", value_parser = explained::<Address>)]
     pub(crate) judge_endpoint: Option<Address>,
 

@@ -11,7 +11,7 @@ use panacea_patch::optimize::gaussian;
 use panacea_patch::report::Page;
 use serde_json::{Value, json};
 
-use super::{Answering, EvalFlags, EvalPaths, Evaluation, Findings, Told};
+use super::{Answering, Compared, EvalFlags, EvalPaths, Evaluation, Findings, Told};
 use crate::cli::args::PatchArgs;
 use crate::cli::error::Failure;
 use crate::cli::model::Model;
@@ -89,10 +89,10 @@ impl PatchEvaluation {
             benign: sets.eval_benign.clone(),
         };
         let template = args.data.template.unwrap_or_default();
-        let evaluation = Evaluation::prepare(&paths, template, &args.judging)?.demanding(
+        let here = Answering::Here;
+        let evaluation = Evaluation::prepare(&paths, template, &args.judging, here)?.demanding(
             &args.telling.gate,
-            Answering::Here,
-            true,
+            Compared::Model,
             &FLAGS,
         )?;
         Ok(Some(Self {

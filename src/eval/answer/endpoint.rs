@@ -19,6 +19,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use serde_json::Value;
 use thiserror::Error;
 use ureq::http::Response;
 use ureq::http::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER};
@@ -124,14 +125,14 @@ impl Answerer for Endpoint {
         max_new_tokens: usize,
         each: &mut Each<'_>,
     ) -> Result<(), AnswerError> {
-        let text = |request: &&Request| self.settings.form.text(request);
-        let texts: Vec<String> = requests.iter().map(text).collect::<Result<_, _>>()?;
-        let mut left = texts.len();
+        let asking = |request: &&Request| self.settings.form.asking(request);
+        let asking: Vec<Value> = requests.iter().map(asking).collect::<Result<_, _>>()?;
+        let mut left = asking.len();
         let workers = Workers::start(Work {
             settings: self.settings.clone(),
             agent: self.agent.clone(),
             clock: Arc::clone(&self.clock),
-            texts,
+            asking,
             max_new_tokens,
             next: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
@@ -227,7 +228,7 @@ struct Workers {
 
 impl Workers {
     fn start(work: Work) -> Self {
-        let count = work.settings.concurrency.max(1).min(work.texts.len());
+        let count = work.settings.concurrency.max(1).min(work.asking.len());
         let work = Arc::new(work);
         let (sender, found) = channel();
         let start = |_| {
@@ -268,7 +269,7 @@ struct Work {
     agent: Agent,
     clock: Arc<dyn Clock>,
     /// What is asked, by place.
-    texts: Vec<String>,
+    asking: Vec<Value>,
     max_new_tokens: usize,
     /// The first place that nobody has taken.
     next: AtomicUsize,
@@ -280,10 +281,10 @@ impl Work {
     fn run(&self, sender: &Sender<Found>) {
         while !self.stopped() {
             let place = self.next.fetch_add(1, Ordering::SeqCst);
-            let Some(text) = self.texts.get(place) else {
+            let Some(asking) = self.asking.get(place) else {
                 return;
             };
-            let Some(found) = self.answer(place, text) else {
+            let Some(found) = self.answer(place, asking) else {
                 return;
             };
             if sender.send((place, found)).is_err() {
@@ -293,10 +294,10 @@ impl Work {
     }
 
     /// None when the work was stopped before there is an answer.
-    fn answer(&self, place: usize, text: &str) -> Option<Result<Answer, ServerError>> {
+    fn answer(&self, place: usize, asking: &Value) -> Option<Result<Answer, ServerError>> {
         let settings = &self.settings;
         let model = settings.model.as_deref();
-        let body = settings.form.body(model, text, self.max_new_tokens);
+        let body = settings.form.body(model, asking, self.max_new_tokens);
         let mut waits = Waits::of(place);
         let mut tries = 0;
         loop {
@@ -346,7 +347,7 @@ impl Work {
         }
         settings
             .form
-            .answer(&bytes)
+            .answer(&bytes, settings.api_key.as_ref())
             .map_err(|error| Failure::lasting(ServerError::Malformed(error)))
     }
 
@@ -359,10 +360,7 @@ impl Work {
             .as_reader()
             .take(MESSAGE_BYTES)
             .read_to_end(&mut said);
-        if let Some(key) = &self.settings.api_key {
-            said = key.hidden_in(&String::from_utf8_lossy(&said)).into_bytes();
-        }
-        let message = message(&said);
+        let message = message(&said, self.settings.api_key.as_ref());
         let status = response.status();
         let error = ServerError::Status {
             status: status.as_u16(),

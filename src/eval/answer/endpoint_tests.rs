@@ -176,11 +176,7 @@ fn endpoint(settings: EndpointSettings) -> (Endpoint, Arc<Kept>) {
 }
 
 fn requests(texts: &[&str]) -> Vec<Request> {
-    let request = |text: &&str| Request {
-        text: (*text).to_owned(),
-        input: None,
-    };
-    texts.iter().map(request).collect()
+    texts.iter().map(|&text| Request::new(text)).collect()
 }
 
 /// The answers to `texts`, by place.

@@ -51,32 +51,28 @@ impl Answerer for Local<'_, '_> {
     ) -> Result<(), AnswerError> {
         let encode = |request: &&Request| self.encoder.prompt(request);
         let prompts = requests.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
-        let eos = self.encoder.eos();
+        let ends = self.encoder.ends();
         let mut generation = Generation::of(max_new_tokens);
-        generation.stop = vec![eos];
+        generation.stop = ends.to_vec();
         generation.at_once = AT_ONCE;
         let point = point(self.delta);
         let mut problem = None;
         let flow =
             self.decoder
-                .generate_each(
-                    point,
-                    &prompts,
-                    &generation,
-                    &mut |index, tokens| match self.encoder.decode(tokens) {
-                        Ok(text) => each(
-                            index,
-                            Answer {
-                                text,
-                                ended: tokens.last() == Some(&eos),
-                            },
-                        ),
+                .generate_each(point, &prompts, &generation, &mut |index, tokens| {
+                    // The end is no part of the text, be it a special token or not.
+                    let (said, ended) = match tokens.split_last() {
+                        Some((last, said)) if ends.contains(last) => (said, true),
+                        _ => (tokens, false),
+                    };
+                    match self.encoder.decode(said) {
+                        Ok(text) => each(index, Answer { text, ended }),
                         Err(error) => {
                             problem = Some(error);
                             ControlFlow::Break(())
                         }
-                    },
-                )?;
+                    }
+                })?;
         match (problem, flow) {
             (Some(error), _) => Err(error.into()),
             (None, ControlFlow::Break(())) => Err(AnswerError::Interrupted),

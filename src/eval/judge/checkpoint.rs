@@ -1,10 +1,11 @@
-//! A judge's own checkpoint, opened: weights, config and tokenizer in one value.
+//! A judge's own checkpoint, opened: weights, config and tokenizer in one value, with a name that no other has.
 //!
 //! A decoder borrows the tensors it computes with, so that one is made for each piece of work and not kept.
 
 use std::path::{Path, PathBuf};
 
-use panacea_formats::{Checkpoint, Layout, TensorView};
+use panacea_formats::{Checkpoint, Layout, Sha256, TensorView};
+use rayon::prelude::*;
 
 use super::JudgeError;
 use crate::convert::StoredModel;
@@ -19,6 +20,7 @@ pub(super) struct Opened {
     stored: Option<StoredModel>,
     config: Config,
     encoder: Encoder,
+    digest: Sha256,
 }
 
 impl Opened {
@@ -56,7 +58,9 @@ impl Opened {
             }
         };
         let encoder = Encoder::open(&files, template, max_length, config.vocab_size)?;
+        let digest = digest(&checkpoint, &files)?;
         Ok(Self {
+            digest,
             checkpoint,
             stored,
             config,
@@ -67,6 +71,15 @@ impl Opened {
     /// Where it was opened.
     pub(super) fn path(&self) -> &Path {
         self.checkpoint.path()
+    }
+
+    /// What it is called, and a digest of all that decides its verdicts: another checkpoint in its place is another judge, and the same one
+    /// elsewhere is the same.
+    pub(super) fn name(&self) -> String {
+        let path = self.path();
+        let name = path.file_name().map_or(path.as_os_str(), |name| name);
+        let digest = self.digest.to_string();
+        format!("{} sha256={}", name.display(), &digest[..12])
     }
 
     /// The path and the text of its `config.json`.
@@ -112,6 +125,21 @@ impl Opened {
             }
         })
     }
+}
+
+/// That of weights, config and the tokenizer's files.
+fn digest(checkpoint: &Checkpoint, files: &TokenizerFiles) -> Result<Sha256, JudgeError> {
+    let shards = checkpoint.files().par_iter();
+    let mut digests: Vec<Sha256> = shards.map(|shard| shard.file.digest()).collect();
+    let config = checkpoint.side_file("config.json");
+    for path in files.files().chain(config.as_deref()) {
+        digests.push(Sha256::of_file(path).map_err(|source| JudgeError::Io {
+            path: path.to_owned(),
+            source,
+        })?);
+    }
+    let text: String = digests.iter().map(|it| format!("{it}\n")).collect();
+    Ok(Sha256::of(text.as_bytes()))
 }
 
 fn config_text(checkpoint: &Checkpoint) -> Result<(PathBuf, String), JudgeError> {

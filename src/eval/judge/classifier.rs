@@ -46,7 +46,7 @@ impl SequenceClassifier {
             path: config,
             source,
         })?;
-        let mut name = format!("seqcls:{} threshold={threshold}", path.display());
+        let mut name = format!("seqcls:{} threshold={threshold}", opened.name());
         if max_length != MAX_LENGTH {
             name += &format!(" max-length={max_length}");
         }
@@ -78,7 +78,7 @@ impl SequenceClassifier {
             Some(template) => template.fill(exchange),
             None => beaver_dam(exchange, encoder.eos_text()),
         };
-        Ok(encoder.prompt(&Request { text, input: None })?)
+        Ok(encoder.prompt(&Request::new(text))?)
     }
 
     fn verdict(&self, exchange: &Exchange<'_>, logits: &[f32]) -> Verdict {

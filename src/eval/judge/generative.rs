@@ -79,13 +79,12 @@ impl GenerativeModel {
     /// # Errors
     /// [`JudgeError`] when a file is missing or refused, or the tensors do not make the model.
     pub fn open(path: &Path, template: Option<JudgeTemplate>) -> Result<Self, JudgeError> {
-        let name = format!("generate:{}", path.display());
-        let name = with_template(name, template.as_ref());
         let choice = match &template {
             Some(_) => TemplateChoice::Raw,
             None => TemplateChoice::Auto,
         };
         let opened = Opened::open(path, choice, usize::MAX)?;
+        let name = with_template(format!("generate:{}", opened.name()), template.as_ref());
         let prompt = match (template, opened.encoder().template()) {
             (Some(template), _) => Prompt::Template(template),
             (None, Template::Chat(chat)) => Prompt::of_chat(chat.clone()),
@@ -176,10 +175,7 @@ impl Prompt {
     ) -> Result<(), JudgeError> {
         let prompts = exchanges
             .iter()
-            .map(|exchange| {
-                let text = self.text(exchange)?;
-                Ok(Request { text, input: None })
-            })
+            .map(|exchange| Ok(Request::new(self.text(exchange)?)))
             .collect::<Result<Vec<_>, JudgeError>>()?;
         let prompts: Vec<&Request> = prompts.iter().collect();
         let words = match self {

@@ -107,9 +107,12 @@ impl ApiKey {
         self.header.clone()
     }
 
-    /// `said`, but for this key: a server may repeat what it was given.
+    /// `said`, but for this key, as it is or as JSON has it: a server may repeat what it was given.
     pub(super) fn hidden_in(&self, said: &str) -> String {
+        let quoted = serde_json::Value::from(self.text.as_str()).to_string();
+        let in_json = quoted.trim_matches('"');
         said.replace(&self.text, "[API key]")
+            .replace(in_json, "[API key]")
     }
 }
 

@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::super::Answer;
-use crate::data::{EncodeError, Request, Template};
+use super::address::ApiKey;
+use crate::data::{EncodeError, Message, Request, Template};
 
 /// How a request is put to a server.
 #[derive(Clone, Debug)]
 pub enum Form {
-    /// As the first turn of a conversation, which the server puts into its model's chat template.
+    /// As the turns of a conversation, which the server puts into its model's chat template.
     Chat,
     /// As a prompt that this template makes of it. The server may put its model's begin-of-sequence token before it, so that a template
     /// that writes one itself has it twice.
@@ -31,17 +32,20 @@ impl Form {
         }
     }
 
-    /// The turn or the prompt that `request` becomes.
+    /// The turns or the prompt that `request` becomes.
     ///
     /// # Errors
     /// [`EncodeError::Prompt`] when the template refuses.
-    pub(super) fn text(&self, request: &Request) -> Result<String, EncodeError> {
-        let template = match self {
-            // A turn is what a chat template here would be given: the request as it stands.
-            Self::Chat => &Template::Raw,
-            Self::Prompt(template) => template,
-        };
-        template.prompt(request).map_err(EncodeError::Prompt)
+    pub(super) fn asking(&self, request: &Request) -> Result<Value, EncodeError> {
+        let turn = |it: &Message| json!({"role": it.role.as_str(), "content": it.content});
+        match self {
+            // What a chat template here would be given.
+            Self::Chat => Ok(request.turns().iter().map(turn).collect()),
+            Self::Prompt(template) => {
+                let prompt = template.prompt(request).map_err(EncodeError::Prompt)?;
+                Ok(Value::from(prompt))
+            }
+        }
     }
 
     /// What tells it from another one: of a template, what it makes of requests with and without an input.
@@ -50,18 +54,20 @@ impl Form {
             return "chat".to_owned();
         }
         let probe = |input: Option<&str>| {
-            let request = Request {
-                text: "request".to_owned(),
-                input: input.map(str::to_owned),
-            };
-            self.text(&request).ok()
+            let request = Request::new("request").about(input.map(str::to_owned));
+            self.asking(&request).ok()
         };
         let found = json!([probe(None), probe(Some("input"))]).to_string();
         format!("prompt {}", Sha256::of(found.as_bytes()))
     }
 
-    /// The body of a request for a greedy answer to `text`.
-    pub(super) fn body(&self, model: Option<&str>, text: &str, max_new_tokens: usize) -> Vec<u8> {
+    /// The body of a request for a greedy answer to what [`Self::asking`] made.
+    pub(super) fn body(
+        &self,
+        model: Option<&str>,
+        asking: &Value,
+        max_new_tokens: usize,
+    ) -> Vec<u8> {
         let mut body = json!({
             "temperature": 0,
             "seed": 0,
@@ -69,8 +75,8 @@ impl Form {
             "stream": false,
         });
         match self {
-            Self::Chat => body["messages"] = json!([{"role": "user", "content": text}]),
-            Self::Prompt(_) => body["prompt"] = Value::from(text),
+            Self::Chat => body["messages"] = asking.clone(),
+            Self::Prompt(_) => body["prompt"] = asking.clone(),
         }
         if let Some(model) = model {
             body["model"] = Value::from(model);
@@ -78,16 +84,20 @@ impl Form {
         body.to_string().into_bytes()
     }
 
-    /// The answer in the body of a response.
+    /// The answer in the body of a response. What a filter of the server's leaves of one is what its users are answered.
     ///
     /// # Errors
-    /// [`MalformedAnswer`] when there is none.
-    pub(super) fn answer(&self, body: &[u8]) -> Result<Answer, MalformedAnswer> {
+    /// [`MalformedAnswer`] when there is none; it does not show `key`.
+    pub(super) fn answer(
+        &self,
+        body: &[u8],
+        key: Option<&ApiKey>,
+    ) -> Result<Answer, MalformedAnswer> {
         let completion: Completion = serde_json::from_slice(body)
             .map_err(|error| MalformedAnswer::Json(JsonError::from(error)))?;
         if completion.error.is_some_and(|error| !error.is_null()) {
             return Err(MalformedAnswer::Error {
-                message: message(body),
+                message: message(body, key),
             });
         }
         let Some(choice) = completion.choices.into_iter().next() else {
@@ -98,16 +108,22 @@ impl Form {
             Self::Chat => choice.message.and_then(|message| message.content),
             Self::Prompt(_) => choice.text,
         };
-        let Some(text) = text else {
-            return Err(MalformedAnswer::NoText {
-                reason: shown(&reason).to_string(),
-            });
-        };
-        match reason.as_str() {
-            "stop" => Ok(Answer { text, ended: true }),
-            "length" => Ok(Answer { text, ended: false }),
-            _ => Err(MalformedAnswer::Unfinished {
-                reason: shown(&reason).to_string(),
+        match (text, reason.as_str()) {
+            (Some(text), "stop") => Ok(Answer { text, ended: true }),
+            // A model that thinks first may have said nothing yet.
+            (text, "length") => Ok(Answer {
+                text: text.unwrap_or_default(),
+                ended: false,
+            }),
+            (text, "content_filter") => Ok(Answer {
+                text: text.unwrap_or_default(),
+                ended: true,
+            }),
+            (None, reason) => Err(MalformedAnswer::NoText {
+                reason: shown(reason).to_string(),
+            }),
+            (Some(_), reason) => Err(MalformedAnswer::Unfinished {
+                reason: shown(reason).to_string(),
             }),
         }
     }
@@ -135,26 +151,37 @@ pub enum MalformedAnswer {
         /// Why it ended there, as the server says.
         reason: String,
     },
-    /// An answer that came neither to its end nor to the limit, such as one that a filter cut.
-    #[error("the answer has the finish reason `{reason}`, which is neither `stop` nor `length`")]
+    /// An answer that came neither to its end nor to the limit, such as one that calls a tool.
+    #[error(
+        "the answer has the finish reason `{reason}`, which is none of `stop`, `length` and `content_filter`"
+    )]
     Unfinished {
         /// Why it ended there, as the server says.
         reason: String,
     },
 }
 
-/// What a server says of its error, cut to a length that can be shown: the message in `body`, or `body` itself.
-pub(super) fn message(body: &[u8]) -> String {
-    let found: Value = serde_json::from_slice(body).unwrap_or_default();
+/// What a server says of its error, cut to a length that can be shown: the message in `body`, or `body` itself. `key` is hidden, however the
+/// server spells it.
+pub(super) fn message(body: &[u8], key: Option<&ApiKey>) -> String {
+    let found: Option<Value> = serde_json::from_slice(body).ok();
     // OpenAI's, and then others'.
     let places = ["/error/message", "/error", "/message", "/detail"];
-    let named = places
-        .into_iter()
-        .find_map(|place| found.pointer(place)?.as_str());
-    match named {
-        Some(text) => shown(text.trim()).to_string(),
-        None => shown(String::from_utf8_lossy(body).trim()).to_string(),
-    }
+    let named = |found: &Value| {
+        let mut named = places
+            .into_iter()
+            .map(|place| found.pointer(place)?.as_str());
+        named.find_map(|it| it.map(str::to_owned))
+    };
+    let said = match &found {
+        Some(found) => named(found).unwrap_or_else(|| found.to_string()),
+        None => String::from_utf8_lossy(body).into_owned(),
+    };
+    let said = match key {
+        Some(key) => key.hidden_in(&said),
+        None => said,
+    };
+    shown(said.trim()).to_string()
 }
 
 #[derive(Deserialize)]
@@ -179,24 +206,34 @@ struct Said {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Role;
 
     fn request(input: Option<&str>) -> Request {
-        Request {
-            text: "q".to_owned(),
-            input: input.map(str::to_owned),
-        }
+        Request::new("q").about(input.map(str::to_owned))
     }
 
     fn chat(message: &str, reason: &str) -> Result<Answer, MalformedAnswer> {
         let body =
             format!(r#"{{"choices":[{{"message":{message},"finish_reason":{reason}}}],"id":7}}"#);
-        Form::Chat.answer(body.as_bytes())
+        Form::Chat.answer(body.as_bytes(), None)
     }
 
     #[test]
     fn a_turn_is_the_request_an_empty_line_and_the_input() {
-        assert_eq!(Form::Chat.text(&request(Some("i"))).unwrap(), "q\n\ni");
-        let body = Form::Chat.body(Some("m"), "q", 5);
+        let asking = Form::Chat.asking(&request(Some("i"))).unwrap();
+        assert_eq!(asking, json!([{"role": "user", "content": "q\n\ni"}]));
+        let before = vec![Message {
+            role: Role::System,
+            content: "s".to_owned(),
+        }];
+        let told = Request {
+            before,
+            ..request(None)
+        };
+        let turns = json!([{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]);
+        assert_eq!(Form::Chat.asking(&told).unwrap(), turns);
+        let asking = Form::Chat.asking(&request(None)).unwrap();
+        let body = Form::Chat.body(Some("m"), &asking, 5);
         let found: Value = serde_json::from_slice(&body).unwrap();
         let expected = json!({
             "model": "m", "messages": [{"role": "user", "content": "q"}], "temperature": 0, "max_tokens": 5, "stream": false, "seed": 0,
@@ -207,8 +244,9 @@ mod tests {
     #[test]
     fn a_prompt_is_what_the_template_makes_of_the_request() {
         let form = Form::Prompt(Template::Alpaca);
-        let text = form.text(&request(None)).unwrap();
-        assert!(text.ends_with("### Instruction:\nq\n\n### Response:\n"));
+        let text = form.asking(&request(None)).unwrap();
+        let prompt = text.as_str().unwrap();
+        assert!(prompt.ends_with("### Instruction:\nq\n\n### Response:\n"));
         let found: Value = serde_json::from_slice(&form.body(None, &text, 5)).unwrap();
         let expected =
             json!({"prompt": text, "temperature": 0, "max_tokens": 5, "stream": false, "seed": 0});
@@ -233,7 +271,46 @@ mod tests {
         let found = chat(r#"{"content":""}"#, r#""length""#).unwrap();
         assert_eq!((found.text.as_str(), found.ended), ("", false));
         let body = br#"{"choices":[{"text":"b","finish_reason":"stop"}],"error":null}"#;
-        assert_eq!(Form::Prompt(Template::Raw).answer(body).unwrap().text, "b");
+        assert_eq!(
+            Form::Prompt(Template::Raw).answer(body, None).unwrap().text,
+            "b"
+        );
+    }
+
+    /// One filtered answer ended the evaluation of a whole set, and again each time that it went on; so did one of a model that had only thought.
+    #[test]
+    fn what_a_filter_or_the_limit_leaves_is_an_answer() {
+        for (content, reason, text, ended) in [
+            (r#"{"content":"a"}"#, r#""content_filter""#, "a", true),
+            (r#"{"content":null}"#, r#""content_filter""#, "", true),
+            (r#"{"content":null}"#, r#""length""#, "", false),
+        ] {
+            let found = chat(content, reason).unwrap();
+            assert_eq!(
+                (found.text.as_str(), found.ended),
+                (text, ended),
+                "{reason}"
+            );
+        }
+    }
+
+    /// Only the raw body of a failure was looked through: not an error in a successful response, and not what JSON spells otherwise.
+    #[test]
+    fn the_key_is_hidden_however_the_server_spells_it() {
+        let key: ApiKey = "sk-a/b\"c".parse().unwrap();
+        for body in [
+            r#"{"error":{"message":"bad sk-a/b\"c"}}"#,
+            r#"{"error":{"message":"bad sk-a\/b\"c"}}"#,
+            r#"{"other":"bad sk-a\/b\"c"}"#,
+            r#"bad sk-a/b"c"#,
+        ] {
+            let said = message(body.as_bytes(), Some(&key));
+            assert!(said.contains("bad [API key]"), "{said}");
+            assert!(!said.contains("sk-"), "{said}");
+        }
+        let body = br#"{"error":{"message":"bad sk-a/b\"c"}}"#;
+        let error = Form::Chat.answer(body, Some(&key)).unwrap_err();
+        assert_eq!(error.to_string(), "the response is an error: bad [API key]");
     }
 
     #[test]
@@ -251,16 +328,10 @@ mod tests {
             NoText { reason: reason("") }
         );
         assert_eq!(
-            chat(r#"{"content":"a"}"#, r#""content_filter""#).unwrap_err(),
-            Unfinished {
-                reason: reason("content_filter")
-            }
-        );
-        assert_eq!(
             chat(r#"{"content":"a"}"#, "null").unwrap_err(),
             Unfinished { reason: reason("") }
         );
-        let of = |body: &[u8]| Form::Chat.answer(body).unwrap_err();
+        let of = |body: &[u8]| Form::Chat.answer(body, None).unwrap_err();
         assert_eq!(of(br#"{"choices":[]}"#), NoChoice);
         assert_eq!(of(b"{}"), NoChoice);
         assert_eq!(
@@ -282,6 +353,7 @@ mod tests {
 
     #[test]
     fn a_servers_own_words_are_found_and_cut() {
+        let message = |body: &[u8]| message(body, None);
         assert_eq!(message(br#"{"error":{"message":" m "}}"#), "m");
         assert_eq!(message(br#"{"error":"e"}"#), "e");
         assert_eq!(message(br#"{"detail":"d"}"#), "d");
