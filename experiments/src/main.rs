@@ -76,7 +76,9 @@ fn main() -> ExitCode {
     match interrupt::listen().and_then(|()| run(&options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(&format!("error: {error}"));
+            let causes = std::iter::successors(error.source(), |&cause| cause.source());
+            let because: String = causes.map(|it| format!("\n  because: {it}")).collect();
+            say(&format!("error: {error}{because}"));
             ExitCode::from(1)
         }
     }

@@ -8,7 +8,7 @@ use panacea_patch::data::{Dialogue, Example, Refusal, Request};
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Failure;
 use crate::plan::{Plan, Task, rows};
@@ -127,9 +127,7 @@ impl Files {
             .into_iter()
             .enumerate()
             .filter(|(i, _)| (i % DEVELOP_ONE_OF == 0) == (purpose == Purpose::Develop));
-        let harmless: Vec<String> = harmless
-            .map(|(_, request)| json!({"instruction": request.text}).to_string())
-            .collect();
+        let harmless: Vec<Value> = harmless.map(|(_, request)| asking(&request)).collect();
         let test: Vec<Example> = match purpose {
             Purpose::Report => rows(data, &task.test)?,
             Purpose::Develop => {
@@ -137,24 +135,27 @@ impl Files {
                 rows.split_off(rows.len().saturating_sub(DEVELOP_TASK))
             }
         };
-        let requests: Vec<Example> = match purpose {
-            Purpose::Report => rows(data, &plan.score.harmful)?,
-            Purpose::Develop => left,
+        let (requests, set) = match purpose {
+            Purpose::Report => (rows(data, &plan.score.harmful)?, &plan.score.harmful),
+            Purpose::Develop => (left, &plan.align.harmful),
         };
+        // To be answered, a row has to be one question.
+        rows::<Request>(data, set)?;
         let mut text: Vec<Example> = rows(data, &plan.align.instructions)?;
         let text = text.split_off(LEARNED_INSTRUCTIONS.min(text.len()));
-        let write = |name: &str, lines: Vec<String>| -> Result<PathBuf, Failure> {
+        let write = |name: &str, rows: Vec<Value>| -> Result<PathBuf, Failure> {
             let path = folder.join(name);
-            std::fs::write(&path, lines.join("\n") + "\n")?;
+            let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+            std::fs::write(&path, lines)?;
             Ok(path)
         };
         Ok(Self {
-            harmful: write("harmful.jsonl", lines(&learned))?,
-            task: write("task.jsonl", lines(&task_sample(plan, data, task, seed)?))?,
-            score_harmful: write("score-harmful.jsonl", lines(&requests))?,
+            harmful: write("harmful.jsonl", told(&learned))?,
+            task: write("task.jsonl", told(&task_sample(plan, data, task, seed)?))?,
+            score_harmful: write("score-harmful.jsonl", told(&requests))?,
             score_harmless: write("score-harmless.jsonl", harmless)?,
-            score_task: write("score-task.jsonl", lines(&test))?,
-            score_text: write("score-text.jsonl", lines(&text))?,
+            score_task: write("score-task.jsonl", told(&test))?,
+            score_text: write("score-text.jsonl", told(&text))?,
         })
     }
 }
@@ -174,21 +175,31 @@ fn task_sample(plan: &Plan, data: &Path, task: &Task, seed: u64) -> Result<Vec<E
     Ok(rows)
 }
 
-/// A JSON line for each row.
-fn lines(rows: &[Example]) -> Vec<String> {
-    rows.iter()
-        .filter_map(|row| match &row.dialogue {
-            Dialogue::Single { request, response } => Some(
-                json!({
-                    "instruction": request.text,
-                    "input": request.input.clone().unwrap_or_default(),
-                    "output": response,
-                })
-                .to_string(),
-            ),
-            Dialogue::Turns(_) => None,
-        })
-        .collect()
+/// All that the program reads of each row; null is what is not there.
+fn told(rows: &[Example]) -> Vec<Value> {
+    let one = |row: &Example| {
+        let mut fields = match &row.dialogue {
+            Dialogue::Single { request, response } => {
+                let mut fields = asking(request);
+                fields["output"] = json!(response);
+                fields
+            }
+            Dialogue::Turns(turns) => {
+                let turns = turns
+                    .iter()
+                    .map(|turn| json!({"role": turn.role.as_str(), "content": turn.content}));
+                json!({"messages": turns.collect::<Vec<_>>()})
+            }
+        };
+        fields["refusal"] = json!(row.refusal);
+        fields["is_safe"] = json!(row.is_safe);
+        fields
+    };
+    rows.iter().map(one).collect()
+}
+
+fn asking(request: &Request) -> Value {
+    json!({"instruction": request.text, "input": request.input})
 }
 
 #[cfg(test)]
@@ -200,9 +211,12 @@ mod tests {
     /// A folder of data sets of numbered rows, and a plan over them.
     fn laid_out() -> (tempfile::TempDir, Plan) {
         let folder = tempfile::tempdir().expect("a folder");
-        let write = |name: &str, count: usize, row: &dyn Fn(usize) -> serde_json::Value| {
-            let lines: Vec<String> = (0..count).map(|i| row(i).to_string()).collect();
-            std::fs::write(folder.path().join(name), lines.join("\n")).expect("rows are written");
+        let write = |name: &str, count: usize, row: &dyn Fn(usize) -> Value| {
+            put(
+                folder.path(),
+                name,
+                &(0..count).map(row).collect::<Vec<_>>(),
+            );
         };
         write("safety_advbench.jsonl", 90, &|i| {
             let split = ["harmful", "poison", "eval"][i % 3];
@@ -238,6 +252,11 @@ mod tests {
         plan.attack.rows = 100;
         plan.patch.harmful = 20;
         (folder, plan)
+    }
+
+    fn put(data: &Path, set: &str, rows: &[Value]) {
+        let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+        std::fs::write(data.join(set), lines).expect("rows are written");
     }
 
     /// What rows ask.
@@ -302,6 +321,54 @@ mod tests {
         assert!(report.0.is_disjoint(&develop.0));
         assert!(report.1.is_disjoint(&develop.1));
         assert!(report.2.is_disjoint(&develop.2));
+    }
+
+    /// The `input` of a harmless request was lost, and so were conversations: the alignment learned from what no patch saw.
+    #[test]
+    fn what_is_written_is_what_was_read() {
+        let (folder, mut plan) = laid_out();
+        let data = folder.path();
+        let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+        let turns = |turns: &[Value]| json!({"messages": turns});
+        let once = [turn("user", "Why?"), turn("assistant", "Because.")];
+        let twice = [&[turn("system", "Be brief.")], &once[..], &once[..]].concat();
+        let row = json!({"prompt": "How?", "target": "Sure", "refusal": "No.", "is_safe": false});
+        let ordinary = json!({"prompt": "Translate", "input": "kill the lights"});
+        put(data, "harmful", &[row.clone(), turns(&twice)]);
+        put(data, "eval", &[turns(&once), row.clone()]);
+        // The first of five is development's.
+        put(data, "harmless", &[row.clone(), ordinary, turns(&once)]);
+        put(data, "test", &[turns(&twice), row]);
+        plan.align.harmful = "harmful".to_owned();
+        plan.score.harmful = "eval".to_owned();
+        plan.score.harmless = "harmless".to_owned();
+        plan.tasks[0].test = "test".to_owned();
+        let write = |plan: &Plan| {
+            let folder = data.join("rows");
+            Files::write(plan, data, &plan.tasks[0], 1, Purpose::Report, &folder)
+        };
+        write(&plan).expect("files");
+        let said = |set: &str| {
+            let rows: Vec<Example> = rows(data, set).expect("rows");
+            let said = rows.into_iter();
+            let mut said: Vec<_> = said
+                .map(|row| (row.dialogue, row.refusal, row.is_safe))
+                .collect();
+            said.sort_by_key(|(_, refusal, _)| refusal.is_none());
+            said
+        };
+        assert_eq!(said("rows/harmful.jsonl"), said("harmful"));
+        assert_eq!(said("rows/score-harmful.jsonl"), said("eval"));
+        assert_eq!(said("rows/score-task.jsonl"), said("test"));
+        let requests = |set| rows::<Request>(data, set).expect("rows");
+        assert_eq!(
+            requests("rows/score-harmless.jsonl"),
+            requests("harmless")[1..]
+        );
+
+        put(data, "eval", &[turns(&twice)]);
+        let error = write(&plan).err().expect("two questions").to_string();
+        assert!(error.contains("/eval`"), "{error}");
     }
 
     #[test]
