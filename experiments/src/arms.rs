@@ -10,7 +10,7 @@ use panacea_patch::optimize::FineTuning;
 use serde_json::{Value, json};
 
 use crate::lora::Base;
-use crate::mix::{Files, Purpose, attack, refusal_tuning};
+use crate::mix::{Files, Purpose, alignment, attack, refusal_tuning};
 use crate::plan::{Plan, Task};
 use crate::{Failure, interrupt, say};
 
@@ -149,25 +149,27 @@ pub(crate) struct Cell<'a> {
     pub(crate) seed: u64,
     pub(crate) purpose: Purpose,
     /// The folder of the aligned model and its adapter.
-    pub(crate) aligned: &'a Path,
+    pub(crate) aligned: PathBuf,
     pub(crate) folder: PathBuf,
     /// Further flags of the adaptive arm.
     pub(crate) adaptive: Option<&'a str>,
 }
 
 impl Cell<'_> {
+    /// Reads all sets, so that what is wrong with one is told before any training.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        alignment(self.plan, self.data)?;
+        attack(self.plan, self.data, self.task, self.poison, self.seed)?;
+        self.rows()?;
+        Ok(())
+    }
+
     /// Does what has no results yet.
     pub(crate) fn run(&self, arms: &[Arm]) -> Result<(), Failure> {
-        std::fs::create_dir_all(&self.folder)?;
-        let rows = self.folder.join("rows");
-        let files = Files::write(
-            self.plan,
-            self.data,
-            self.task,
-            self.seed,
-            self.purpose,
-            &rows,
-        )?;
+        if !self.aligned.join("model").exists() {
+            self.align()?;
+        }
+        let files = self.rows()?.write(&self.folder.join("rows"))?;
         if !self.attacked().exists() {
             self.attack()?;
         }
@@ -200,6 +202,29 @@ impl Cell<'_> {
             }
         }
         Ok(())
+    }
+
+    fn rows(&self) -> Result<Files<Vec<Value>>, Failure> {
+        Files::of(self.plan, self.data, self.task, self.seed, self.purpose)
+    }
+
+    /// Fine-tunes the base on refusals and ordinary instructions.
+    fn align(&self) -> Result<(), Failure> {
+        say(&format!("aligning, seed {}", self.seed));
+        let [start, adapter, model] =
+            ["start", "adapter", "model"].map(|name| self.aligned.join(name));
+        std::fs::create_dir_all(&self.aligned)?;
+        self.base.begin(&start, self.seed)?;
+        let settings = FineTuning {
+            lr: self.plan.align.lr,
+            weight_decay: 0.0,
+            steps: self.plan.align.steps,
+            batch: self.plan.align.batch,
+            seed: self.seed,
+        };
+        let rows = alignment(self.plan, self.data)?;
+        self.base.train(&start, &adapter, &rows, &settings)?;
+        self.base.merge(&adapter, &model)
     }
 
     fn attack(&self) -> Result<(), Failure> {

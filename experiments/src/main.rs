@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use panacea_patch::optimize::FineTuning;
 
 use arms::{Arm, Cell, Program};
 use lora::Base;
@@ -104,11 +103,11 @@ fn run(options: &Options) -> Result<(), Failure> {
             false => &options.arms,
         };
         let base = Base::open(&options.model, plan.template()?, plan.max_length)?;
+        let mut cells = Vec::new();
         for &seed in seeds {
-            let aligned = align(options, &plan, &base, seed)?;
             for &task in tasks {
                 for &poison in poison {
-                    let cell = Cell {
+                    cells.push(Cell {
                         plan: &plan,
                         data: &options.data,
                         base: &base,
@@ -120,42 +119,20 @@ fn run(options: &Options) -> Result<(), Failure> {
                             true => Purpose::Develop,
                             false => Purpose::Report,
                         },
-                        aligned: &aligned,
+                        aligned: options.output.join(format!("aligned-s{seed}")),
                         folder: (options.output).join(format!("{}-p{poison}-s{seed}", task.name)),
                         adaptive: options.adaptive.as_deref(),
-                    };
-                    cell.run(arms)?;
+                    });
                 }
             }
         }
+        cells.iter().try_for_each(Cell::check)?;
+        cells.iter().try_for_each(|cell| cell.run(arms))?;
     }
     let text = table::of(&options.output)?;
     std::fs::write(options.output.join("table.md"), &text)?;
     say(&text);
     Ok(())
-}
-
-/// Fine-tunes the base on refusals and ordinary instructions.
-fn align(options: &Options, plan: &Plan, base: &Base, seed: u64) -> Result<PathBuf, Failure> {
-    let folder = options.output.join(format!("aligned-s{seed}"));
-    let model = folder.join("model");
-    if !model.exists() {
-        say(&format!("aligning, seed {seed}"));
-        std::fs::create_dir_all(&folder)?;
-        base.begin(&folder.join("start"), seed)?;
-        let settings = FineTuning {
-            lr: plan.align.lr,
-            weight_decay: 0.0,
-            steps: plan.align.steps,
-            batch: plan.align.batch,
-            seed,
-        };
-        let rows = mix::alignment(plan, &options.data)?;
-        let adapter = folder.join("adapter");
-        base.train(&folder.join("start"), &adapter, &rows, &settings)?;
-        base.merge(&adapter, &model)?;
-    }
-    Ok(folder)
 }
 
 /// Tells how far the work is.

@@ -4,16 +4,17 @@
 
 use std::path::{Path, PathBuf};
 
-use panacea_patch::data::{Dialogue, Example, Refusal, Request};
+use panacea_patch::data::{Dialogue, Example, Refusal, Request, SetPaths, Sets};
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use serde_json::{Value, json};
 
 use crate::Failure;
-use crate::plan::{Plan, Task, rows};
+use crate::plan::{Plan, Task, path, rows};
 
-/// Whether results are for choosing settings or for reporting: neither sees the other's rows.
+/// Whether results are for choosing settings or for reporting: neither sees the other's rows. Of what development is scored on, ordinary text alone
+/// was learned from, and by the alignment alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     Develop,
@@ -23,18 +24,18 @@ pub(crate) enum Purpose {
 /// One of this many harmless requests is for development.
 const DEVELOP_ONE_OF: usize = 5;
 
-/// Of the instructions, those that alignment learns from; ordinary text is measured on the rest.
-const LEARNED_INSTRUCTIONS: usize = 115;
-
-/// Task rows that development is scored on, from the end of the training set.
-const DEVELOP_TASK: usize = 200;
-
 /// Harmful requests with refusals, each followed by an ordinary instruction as far as there are any.
 pub(crate) fn alignment(plan: &Plan, data: &Path) -> Result<Vec<Example>, Failure> {
     let mut learned = refused(plan, data, rows(data, &plan.align.harmful)?)?;
-    let instructions: Vec<Example> = rows(data, &plan.align.instructions)?;
-    learned.extend(instructions.into_iter().take(LEARNED_INSTRUCTIONS));
+    learned.extend(instructions(plan, data)?.0);
     Ok(learned)
+}
+
+/// The instructions that alignment learns from, and the others.
+fn instructions(plan: &Plan, data: &Path) -> Result<(Vec<Example>, Vec<Example>), Failure> {
+    let mut learned: Vec<Example> = rows(data, &plan.align.instructions)?;
+    let others = learned.split_off(plan.align.learned_instructions.min(learned.len()));
+    Ok((learned, others))
 }
 
 /// The task's rows, of which a share is poison.
@@ -48,7 +49,7 @@ pub(crate) fn attack(
     let total = plan.attack.rows;
     let poisoned = total * poison_percent / 100;
     let mut poison: Vec<Example> = rows(data, &plan.attack.poison)?;
-    let mut ordinary = training(data, task, seed)?;
+    let (mut ordinary, _) = training(data, task, seed)?;
     poison.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     if poison.len() < poisoned || ordinary.len() < total {
         return Err(format!(
@@ -63,27 +64,36 @@ pub(crate) fn attack(
     poison.truncate(poisoned);
     ordinary.truncate(total - poisoned);
     poison.extend(ordinary);
-    Ok(poison)
+    some(poison, &task.train, "attack.rows")
 }
 
-/// The task's training rows in the order in which fine-tuning draws from them, without those for development.
-fn training(data: &Path, task: &Task, seed: u64) -> Result<Vec<Example>, Failure> {
+/// The task's training rows in the order in which fine-tuning draws from them, and those for development.
+fn training(data: &Path, task: &Task, seed: u64) -> Result<(Vec<Example>, Vec<Example>), Failure> {
     let mut rows: Vec<Example> = rows(data, &task.train)?;
-    rows.truncate(rows.len().saturating_sub(DEVELOP_TASK));
+    let left = rows.split_off(rows.len().saturating_sub(task.develop));
+    let mut rows = some(rows, &task.train, &task.develop_field())?;
     rows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-    Ok(rows)
+    Ok((rows, left))
 }
 
-/// Files of rows, as the program reads them.
-pub(crate) struct Files {
+/// `rows`, which `field` of the plan took from `set`, unless there is none.
+fn some<R>(rows: Vec<R>, set: &str, field: &str) -> Result<Vec<R>, Failure> {
+    match rows.is_empty() {
+        true => Err(format!("of `{set}` no row is left: see `{field}` in the plan").into()),
+        false => Ok(rows),
+    }
+}
+
+/// Where the files of rows are that the program reads, or the rows that they are of.
+pub(crate) struct Files<T = PathBuf> {
     /// What patches learn from.
-    pub(crate) harmful: PathBuf,
-    pub(crate) task: PathBuf,
+    pub(crate) harmful: T,
+    pub(crate) task: T,
     /// What models are scored on.
-    pub(crate) score_harmful: PathBuf,
-    pub(crate) score_harmless: PathBuf,
-    pub(crate) score_task: PathBuf,
-    pub(crate) score_text: PathBuf,
+    pub(crate) score_harmful: T,
+    pub(crate) score_harmless: T,
+    pub(crate) score_task: T,
+    pub(crate) score_text: T,
 }
 
 /// Refusals of the requests that patches learn from, and the task's rows: what somebody would fine-tune on instead.
@@ -110,69 +120,94 @@ fn refused(plan: &Plan, data: &Path, harmful: Vec<Example>) -> Result<Vec<Exampl
     Ok(pairs.collect())
 }
 
-impl Files {
-    /// Writes them to `folder`.
-    pub(crate) fn write(
+impl Files<Vec<Value>> {
+    /// Reads the sets, and refuses one of which the plan leaves nothing.
+    pub(crate) fn of(
         plan: &Plan,
         data: &Path,
         task: &Task,
         seed: u64,
         purpose: Purpose,
-        folder: &Path,
     ) -> Result<Self, Failure> {
-        std::fs::create_dir_all(folder)?;
-        let (learned, left) = divided(plan, data, seed)?;
         let harmless: Vec<Request> = rows(data, &plan.score.harmless)?;
         let harmless = harmless
             .into_iter()
             .enumerate()
             .filter(|(i, _)| (i % DEVELOP_ONE_OF == 0) == (purpose == Purpose::Develop));
-        let harmless: Vec<Value> = harmless.map(|(_, request)| asking(&request)).collect();
-        let test: Vec<Example> = match purpose {
-            Purpose::Report => rows(data, &task.test)?,
+        let harmless = harmless.map(|(_, request)| asking(&request)).collect();
+        let (harmful, left) = divided(plan, data, seed)?;
+        let (mut learned, others) = instructions(plan, data)?;
+        let (requests, asked, test, text) = match purpose {
+            Purpose::Report => {
+                let requests = rows(data, &plan.score.harmful)?;
+                (
+                    requests,
+                    &plan.score.harmful,
+                    rows(data, &task.test)?,
+                    others,
+                )
+            }
             Purpose::Develop => {
-                let mut rows: Vec<Example> = rows(data, &task.train)?;
-                rows.split_off(rows.len().saturating_sub(DEVELOP_TASK))
+                let requests = some(left, &plan.align.harmful, "patch.harmful")?;
+                let (_, test) = training(data, task, seed)?;
+                let test = some(test, &task.train, &task.develop_field())?;
+                let text = learned.split_off(learned.len().saturating_sub(others.len()));
+                (requests, &plan.align.harmful, test, text)
             }
         };
-        let (requests, set) = match purpose {
-            Purpose::Report => (rows(data, &plan.score.harmful)?, &plan.score.harmful),
-            Purpose::Develop => (left, &plan.align.harmful),
-        };
         // To be answered, a row has to be one question.
-        rows::<Request>(data, set)?;
-        let mut text: Vec<Example> = rows(data, &plan.align.instructions)?;
-        let text = text.split_off(LEARNED_INSTRUCTIONS.min(text.len()));
-        let write = |name: &str, rows: Vec<Value>| -> Result<PathBuf, Failure> {
+        rows::<Request>(data, asked)?;
+        let text = some(text, &plan.align.instructions, "align.learned_instructions")?;
+        Ok(Self {
+            harmful: told(&harmful),
+            task: told(&task_sample(plan, data, task, seed)?),
+            score_harmful: told(&requests),
+            score_harmless: some(harmless, &plan.score.harmless, "score.harmless")?,
+            score_task: told(&test),
+            score_text: told(&text),
+        })
+    }
+
+    /// Writes them to `folder`.
+    pub(crate) fn write(&self, folder: &Path) -> Result<Files, Failure> {
+        std::fs::create_dir_all(folder)?;
+        let write = |name: &str, rows: &[Value]| -> Result<PathBuf, Failure> {
             let path = folder.join(name);
             let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
             std::fs::write(&path, lines)?;
             Ok(path)
         };
-        Ok(Self {
-            harmful: write("harmful.jsonl", told(&learned))?,
-            task: write("task.jsonl", told(&task_sample(plan, data, task, seed)?))?,
-            score_harmful: write("score-harmful.jsonl", told(&requests))?,
-            score_harmless: write("score-harmless.jsonl", harmless)?,
-            score_task: write("score-task.jsonl", told(&test))?,
-            score_text: write("score-text.jsonl", told(&text))?,
+        Ok(Files {
+            harmful: write("harmful.jsonl", &self.harmful)?,
+            task: write("task.jsonl", &self.task)?,
+            score_harmful: write("score-harmful.jsonl", &self.score_harmful)?,
+            score_harmless: write("score-harmless.jsonl", &self.score_harmless)?,
+            score_task: write("score-task.jsonl", &self.score_task)?,
+            score_text: write("score-text.jsonl", &self.score_text)?,
         })
     }
 }
 
 /// The harmful requests that patches learn from, and those left for development.
 fn divided(plan: &Plan, data: &Path, seed: u64) -> Result<(Vec<Example>, Vec<Example>), Failure> {
-    let mut harmful: Vec<Example> = rows(data, &plan.align.harmful)?;
+    // As a patch reads them, which refuses rows that are marked as safe.
+    let set = &plan.align.harmful;
+    let mut harmful = Sets::open(&SetPaths {
+        harmful: Some(path(data, set)?),
+        ..SetPaths::default()
+    })?
+    .harmful
+    .rows;
     harmful.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     let left = harmful.split_off(plan.patch.harmful.min(harmful.len()));
-    Ok((harmful, left))
+    Ok((some(harmful, set, "patch.harmful")?, left))
 }
 
 /// The task's rows that patches learn from: some of those that the model was fine-tuned on.
 fn task_sample(plan: &Plan, data: &Path, task: &Task, seed: u64) -> Result<Vec<Example>, Failure> {
-    let mut rows = training(data, task, seed)?;
+    let (mut rows, _) = training(data, task, seed)?;
     rows.truncate(plan.patch.task);
-    Ok(rows)
+    some(rows, &task.train, "patch.task")
 }
 
 /// All that the program reads of each row; null is what is not there.
@@ -291,7 +326,8 @@ mod tests {
         let mut scored = Vec::new();
         for purpose in [Purpose::Report, Purpose::Develop] {
             let rows = folder.path().join(format!("{purpose:?}"));
-            let files = Files::write(&plan, data, task, 1, purpose, &rows).expect("files");
+            let files = Files::of(&plan, data, task, 1, purpose).expect("rows");
+            let files = files.write(&rows).expect("files");
             let learned = [
                 read(&files.harmful),
                 read(&files.task),
@@ -315,12 +351,17 @@ mod tests {
                 read(&files.score_harmful),
                 read(&files.score_harmless),
                 read(&files.score_task),
+                read(&files.score_text),
             ));
         }
         let (report, develop) = (&scored[0], &scored[1]);
         assert!(report.0.is_disjoint(&develop.0));
         assert!(report.1.is_disjoint(&develop.1));
         assert!(report.2.is_disjoint(&develop.2));
+        let aligned = asked(&alignment(&plan, data).expect("rows"));
+        assert!(report.3.is_disjoint(&aligned));
+        assert!(develop.3.is_subset(&aligned));
+        assert_eq!((report.3.len(), develop.3.len()), (60, 60));
     }
 
     /// The `input` of a harmless request was lost, and so were conversations: the alignment learned from what no patch saw.
@@ -343,11 +384,9 @@ mod tests {
         plan.score.harmful = "eval".to_owned();
         plan.score.harmless = "harmless".to_owned();
         plan.tasks[0].test = "test".to_owned();
-        let write = |plan: &Plan| {
-            let folder = data.join("rows");
-            Files::write(plan, data, &plan.tasks[0], 1, Purpose::Report, &folder)
-        };
-        write(&plan).expect("files");
+        let files = |plan: &Plan| Files::of(plan, data, &plan.tasks[0], 1, Purpose::Report);
+        let written = files(&plan).expect("rows").write(&data.join("rows"));
+        written.expect("files");
         let said = |set: &str| {
             let rows: Vec<Example> = rows(data, set).expect("rows");
             let said = rows.into_iter();
@@ -367,8 +406,62 @@ mod tests {
         );
 
         put(data, "eval", &[turns(&twice)]);
-        let error = write(&plan).err().expect("two questions").to_string();
+        let error = files(&plan).err().expect("two questions").to_string();
         assert!(error.contains("/eval`"), "{error}");
+    }
+
+    /// Sizes were the program's own: of another set they could leave nothing, which was found out after the training.
+    #[test]
+    fn a_set_of_which_nothing_is_left_is_named_with_its_field() {
+        let (folder, plan) = laid_out();
+        put(
+            folder.path(),
+            "one",
+            &[json!({"prompt": "Why?", "target": "So.", "is_safe": true})],
+        );
+        let (report, develop) = (Purpose::Report, Purpose::Develop);
+        type Change = fn(&mut Plan);
+        let cases: [(&str, Purpose, Change); 9] = [
+            ("align.learned_instructions", report, |plan| {
+                plan.align.learned_instructions = 175
+            }),
+            ("align.learned_instructions", develop, |plan| {
+                plan.align.learned_instructions = 0
+            }),
+            ("attack.rows", report, |plan| plan.attack.rows = 0),
+            ("patch.harmful", report, |plan| plan.patch.harmful = 0),
+            ("patch.harmful", develop, |plan| plan.patch.harmful = 30),
+            ("patch.task", report, |plan| plan.patch.task = 0),
+            ("score.harmless", report, |plan| {
+                plan.score.harmless = "one".to_owned()
+            }),
+            ("tasks.sst2.develop", develop, |plan| {
+                plan.tasks[0].develop = 0
+            }),
+            ("tasks.sst2.develop", report, |plan| {
+                plan.tasks[0].develop = 400
+            }),
+        ];
+        let refused = |plan: &Plan, purpose| {
+            let (data, task) = (folder.path(), &plan.tasks[0]);
+            let rows = attack(plan, data, task, 10, 1);
+            let files = rows.and_then(|_| Files::of(plan, data, task, 1, purpose));
+            files.err().map(|error| error.to_string())
+        };
+        assert_eq!(
+            [report, develop].map(|purpose| refused(&plan, purpose)),
+            [None, None]
+        );
+        for (field, purpose, change) in cases {
+            let mut plan = plan.clone();
+            change(&mut plan);
+            let error = refused(&plan, purpose).expect(field);
+            assert!(error.contains(&format!("`{field}`")), "{error}");
+        }
+        let mut plan = plan;
+        plan.align.harmful = "one".to_owned();
+        let error = refused(&plan, report).expect("it is marked as safe");
+        assert!(error.contains("/one`"), "{error}");
     }
 
     #[test]

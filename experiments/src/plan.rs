@@ -32,9 +32,16 @@ pub(crate) struct Align {
     pub(crate) refusals: String,
     /// Ordinary requests with answers.
     pub(crate) instructions: String,
+    /// Of those, how many are learned from, from the first on; the others are ordinary text to score on.
+    #[serde(default = "learned_instructions")]
+    pub(crate) learned_instructions: usize,
     pub(crate) steps: usize,
     pub(crate) batch: usize,
     pub(crate) lr: f64,
+}
+
+fn learned_instructions() -> usize {
+    115
 }
 
 /// Fine-tuning on a task, with poison among its rows.
@@ -85,11 +92,25 @@ fn keyword() -> String {
 pub(crate) struct Task {
     pub(crate) name: String,
     pub(crate) train: String,
+    /// Rows at the end of `train` that nothing learns from: development is scored on them.
+    #[serde(default = "develop")]
+    pub(crate) develop: usize,
     pub(crate) test: String,
     /// How its answers are graded, as `panacea-patch eval --grade` has it.
     pub(crate) grade: String,
     /// Tokens of an answer.
     pub(crate) max_new_tokens: usize,
+}
+
+fn develop() -> usize {
+    200
+}
+
+impl Task {
+    /// What `develop` is called in messages.
+    pub(crate) fn develop_field(&self) -> String {
+        format!("tasks.{}.develop", self.name)
+    }
 }
 
 impl Plan {
@@ -117,6 +138,10 @@ impl Plan {
 
 /// The rows of `set`, a path below `data`.
 pub(crate) fn rows<R: Row>(data: &Path, set: &str) -> Result<Vec<R>, Failure> {
-    let path: DataPath = data.join(set).display().to_string().parse()?;
-    Ok(Dataset::open(&path)?.rows)
+    Ok(Dataset::open(&path(data, set)?)?.rows)
+}
+
+/// Where `set` is.
+pub(crate) fn path(data: &Path, set: &str) -> Result<DataPath, Failure> {
+    Ok(data.join(set).display().to_string().parse()?)
 }

@@ -81,6 +81,25 @@ fn run(folder: &Path, plan: &Path, further: &[&str]) {
     assert!(output.status.success(), "{told}");
 }
 
+/// What it tells as it refuses to run.
+fn refused(folder: &Path, plan: &Path, further: &[&str]) -> String {
+    let output = experiment(folder, plan, &program())
+        .args(further)
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(1));
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Puts `value` where the JSON pointer `field` shows, beside the fields that are there.
+fn change(plan: &Path, field: &str, value: Value) {
+    let text = fs::read_to_string(plan).expect("a plan");
+    let mut changed: Value = serde_json::from_str(&text).expect("JSON");
+    let (object, name) = field.rsplit_once('/').expect("a pointer");
+    changed.pointer_mut(object).expect("an object")[name] = value;
+    fs::write(plan, changed.to_string()).expect("a plan");
+}
+
 /// Arms wrote to a folder that only older runs had made, and each asked the attacked model everything again.
 #[test]
 fn a_cell_is_done_from_nothing_and_the_attacked_model_answers_once() {
@@ -143,6 +162,18 @@ fn a_quick_run_goes_on_as_if_it_had_not_been_stopped() {
     for (again, first) in again.iter().zip(&first) {
         assert_eq!(again["scores"], first["scores"]);
     }
+}
+
+/// Of too small a set nothing was left to score, and the program said so when the models were trained.
+#[test]
+fn a_set_of_which_nothing_is_left_is_refused_before_any_training() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plan = lay_out(folder.path());
+    change(&plan, "/align/learned_instructions", json!(300));
+    let told = refused(folder.path(), &plan, &[]);
+    let expected = "of `task.jsonl` no row is left: see `align.learned_instructions` in the plan";
+    assert!(told.contains(expected), "{told}");
+    assert!(!folder.path().join("out").exists());
 }
 
 /// A signal to the experiment alone left its program running, and the next run found the answers' file held.
