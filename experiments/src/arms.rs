@@ -441,7 +441,7 @@ impl Cell<'_> {
 }
 
 /// Writes `value` in one piece, since a file that is there counts as whole.
-fn write_whole(path: &Path, value: &Value) -> Result<(), Failure> {
+pub(crate) fn write_whole(path: &Path, value: &Value) -> Result<(), Failure> {
     let mut output = OutputFile::create(path, Overwrite::Replace, &[])?;
     output.write_all(format!("{value:#}\n").as_bytes())?;
     let _ = output.commit()?;

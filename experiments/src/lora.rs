@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use panacea_formats::{
-    Adapter, AdapterConfig, Checkpoint, DeltaTensor, Destination, OutputDir, Overwrite,
+    Adapter, AdapterConfig, Checkpoint, DeltaTensor, Destination, OutputDir, Overwrite, Sha256,
     StoredFloats, write_tensors,
 };
 use panacea_patch::apply::{self, ApplySettings, Merge, Rounding, Wanted};
@@ -50,6 +50,24 @@ impl Base {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What tells this base from others, wherever it lies: a digest of its files of weights, its configuration and its tokenizer with their
+    /// names. Costs one pass over all of them.
+    pub(crate) fn digest(&self) -> Result<Sha256, Failure> {
+        let weights = self.checkpoint.files().iter();
+        let mut digests: Vec<_> = weights
+            .map(|shard| (shard.name.as_str(), shard.file.digest()))
+            .collect();
+        for name in TokenizerFiles::NAMES {
+            if let Some(path) = self.checkpoint.side_file(name) {
+                digests.push((name, Sha256::of_file(&path)?));
+            }
+        }
+        let lines = digests
+            .iter()
+            .map(|(name, digest)| format!("{digest}  {name}\n"));
+        Ok(Sha256::of(lines.collect::<String>().as_bytes()))
     }
 
     /// Writes an adapter of q, k and v that changes nothing yet: A uniform within 1 / sqrt(inputs), as PEFT initializes it, B zero.

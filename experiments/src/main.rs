@@ -10,6 +10,7 @@ mod interrupt;
 mod lora;
 mod mix;
 mod plan;
+mod run;
 mod table;
 
 use std::error::Error;
@@ -23,6 +24,7 @@ use arms::{Arm, Cell, Program};
 use lora::Base;
 use mix::Purpose;
 use plan::Plan;
+use run::Run;
 
 /// What goes wrong is printed and ends the run.
 pub(crate) type Failure = Box<dyn Error + Send + Sync>;
@@ -103,6 +105,10 @@ fn run(options: &Options) -> Result<(), Failure> {
             false => &options.arms,
         };
         let base = Base::open(&options.model, plan.template()?, plan.max_length)?;
+        let purpose = match options.develop {
+            true => Purpose::Develop,
+            false => Purpose::Report,
+        };
         let mut cells = Vec::new();
         for &seed in seeds {
             for &task in tasks {
@@ -115,10 +121,7 @@ fn run(options: &Options) -> Result<(), Failure> {
                         task,
                         poison,
                         seed,
-                        purpose: match options.develop {
-                            true => Purpose::Develop,
-                            false => Purpose::Report,
-                        },
+                        purpose,
                         aligned: options.output.join(format!("aligned-s{seed}")),
                         folder: (options.output).join(format!("{}-p{poison}-s{seed}", task.name)),
                         adaptive: options.adaptive.as_deref(),
@@ -127,6 +130,15 @@ fn run(options: &Options) -> Result<(), Failure> {
             }
         }
         cells.iter().try_for_each(Cell::check)?;
+        let run = Run {
+            purpose,
+            base: base.digest()?,
+            plan: Plan {
+                tasks: tasks.iter().copied().cloned().collect(),
+                ..plan.clone()
+            },
+        };
+        run.begin(&options.output)?;
         cells.iter().try_for_each(|cell| cell.run(arms))?;
     }
     let text = table::of(&options.output)?;

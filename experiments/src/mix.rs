@@ -8,6 +8,7 @@ use panacea_patch::data::{Dialogue, Example, Refusal, Request, SetPaths, Sets};
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::Failure;
@@ -15,7 +16,8 @@ use crate::plan::{Plan, Task, path, rows};
 
 /// Whether results are for choosing settings or for reporting: neither sees the other's rows. Of what development is scored on, ordinary text alone
 /// was learned from, and by the alignment alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Purpose {
     Develop,
     Report,

@@ -11,8 +11,8 @@ use panacea_patch::eval::judge::Outcome;
 use panacea_patch::eval::scores::Scores;
 use serde_json::Value;
 
-use crate::Failure;
 use crate::arms::Arm;
+use crate::{Failure, run};
 
 /// One arm of one cell.
 struct Found {
@@ -28,11 +28,7 @@ type Cells = BTreeMap<(String, u64), BTreeMap<String, Vec<Found>>>;
 
 pub(crate) fn of(folder: &Path) -> Result<String, Failure> {
     let mut cells = Cells::new();
-    for cell in std::fs::read_dir(folder)? {
-        let cell = cell?.path();
-        if !cell.join("rows").is_dir() {
-            continue;
-        }
+    for cell in run::cells(folder)? {
         for file in std::fs::read_dir(&cell)? {
             let file = file?.path();
             if file.extension().is_some_and(|it| it == "json") {

@@ -72,13 +72,15 @@ fn experiment(folder: &Path, plan: &Path, program: &Path) -> Command {
     command
 }
 
-fn run(folder: &Path, plan: &Path, further: &[&str]) {
+/// What it tells as it runs.
+fn run(folder: &Path, plan: &Path, further: &[&str]) -> String {
     let output = experiment(folder, plan, &program())
         .args(further)
         .output()
         .expect("it runs");
-    let told = String::from_utf8_lossy(&output.stderr);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{told}");
+    told
 }
 
 /// What it tells as it refuses to run.
@@ -174,6 +176,39 @@ fn a_set_of_which_nothing_is_left_is_refused_before_any_training() {
     let expected = "of `task.jsonl` no row is left: see `align.learned_instructions` in the plan";
     assert!(told.contains(expected), "{told}");
     assert!(!folder.path().join("out").exists());
+}
+
+/// Arms that were there were kept, whatever they had been scored on and by whom, and shown as the report's.
+#[test]
+fn a_folder_of_another_purpose_or_plan_is_not_gone_on_with() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plan = lay_out(folder.path());
+    let develop = ["--develop", "--arms", "attacked"];
+    run(folder.path(), &plan, &develop);
+    let told = refused(folder.path(), &plan, &develop[1..]);
+    let expected = "`purpose` was \"develop\" and is \"report\"";
+    assert!(told.contains(expected) && told.contains("-o"), "{told}");
+    change(&plan, "/score/judge", json!("keyword:gcg"));
+    let told = refused(folder.path(), &plan, &develop);
+    let expected = "`plan.score.judge` was \"keyword\" and is \"keyword:gcg\"";
+    assert!(told.contains(expected), "{told}");
+    // What was the default is the same where it is said.
+    change(&plan, "/score/judge", json!("keyword"));
+    run(folder.path(), &plan, &develop);
+}
+
+/// A folder of results that an older program made could not be gone on with.
+#[test]
+fn results_that_do_not_say_what_they_are_of_are_taken_for_this_runs() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plan = lay_out(folder.path());
+    let report = ["--arms", "attacked"];
+    run(folder.path(), &plan, &report);
+    let noted = folder.path().join("out/run.json");
+    fs::remove_file(&noted).expect("it was noted");
+    let told = run(folder.path(), &plan, &report);
+    assert!(told.contains("note: results in"), "{told}");
+    assert!(noted.exists());
 }
 
 /// A signal to the experiment alone left its program running, and the next run found the answers' file held.
