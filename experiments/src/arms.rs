@@ -423,12 +423,23 @@ impl Cell<'_> {
         add("--task", text(&files.score_task));
         add("--benign", text(&files.score_text));
         add("--grade", self.task.grade.clone());
-        add(
-            "--max-new-tokens",
-            self.plan.score.max_new_tokens.to_string(),
-        );
+        let score = &self.plan.score;
+        add("--max-new-tokens", score.max_new_tokens.to_string());
         add("--task-tokens", self.task.max_new_tokens.to_string());
-        add("--judge", self.plan.score.judge.clone());
+        add("--judge", score.judge.clone());
+        let template = score.judge_template.as_ref();
+        let template = template.map(|file| text(&self.data.join(file)));
+        let threshold = score.judge_threshold.map(|it| it.to_string());
+        for (flag, value) in [
+            ("--judge-template", template),
+            ("--judge-threshold", threshold),
+            ("--judge-endpoint", score.judge_endpoint.clone()),
+            ("--judge-model", score.judge_model.clone()),
+        ] {
+            if let Some(value) = value {
+                add(flag, value);
+            }
+        }
         if arm != Arm::Attacked {
             add("--against", text(&self.attacked()));
         }

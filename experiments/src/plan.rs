@@ -80,6 +80,11 @@ pub(crate) struct Score {
     /// Who judges answers, as `panacea-patch eval --judge` has it.
     #[serde(default = "keyword")]
     pub(crate) judge: String,
+    /// How an exchange becomes the judge's text: a file below the data's folder. This and what follows as the flags of their names have it.
+    pub(crate) judge_template: Option<String>,
+    pub(crate) judge_threshold: Option<f64>,
+    pub(crate) judge_endpoint: Option<String>,
+    pub(crate) judge_model: Option<String>,
 }
 
 fn keyword() -> String {

@@ -102,6 +102,11 @@ fn change(plan: &Path, field: &str, value: Value) {
     fs::write(plan, changed.to_string()).expect("a plan");
 }
 
+fn write_program(path: &Path, text: &str) {
+    fs::write(path, text).expect("a program");
+    fs::set_permissions(path, Permissions::from_mode(0o755)).expect("it may be run");
+}
+
 /// Arms wrote to a folder that only older runs had made, and each asked the attacked model everything again.
 #[test]
 fn a_cell_is_done_from_nothing_and_the_attacked_model_answers_once() {
@@ -211,6 +216,33 @@ fn results_that_do_not_say_what_they_are_of_are_taken_for_this_runs() {
     assert!(noted.exists());
 }
 
+/// A plan could name a judge, and nothing that most judges need.
+#[test]
+fn the_judges_settings_reach_the_program() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let plan = lay_out(folder.path());
+    change(&plan, "/score/judge", json!("endpoint"));
+    change(&plan, "/score/judge_template", json!("judge.txt"));
+    change(&plan, "/score/judge_threshold", json!(0.25));
+    change(
+        &plan,
+        "/score/judge_endpoint",
+        json!("http://127.0.0.1:1/v1"),
+    );
+    change(&plan, "/score/judge_model", json!("guard"));
+    let (stub, given) = (folder.path().join("stub"), folder.path().join("given"));
+    let text = format!("#!/bin/sh\necho \"$@\" > '{}'\nexit 1\n", given.display());
+    write_program(&stub, &text);
+    let output = experiment(folder.path(), &plan, &stub).output();
+    assert_eq!(output.expect("it runs").status.code(), Some(1));
+    let given = fs::read_to_string(&given).expect("the program was run");
+    let expected = format!(
+        "--judge endpoint --judge-template {} --judge-threshold 0.25 --judge-endpoint http://127.0.0.1:1/v1 --judge-model guard",
+        folder.path().join("judge.txt").display()
+    );
+    assert!(given.contains(&expected), "{given}");
+}
+
 /// A signal to the experiment alone left its program running, and the next run found the answers' file held.
 #[test]
 fn a_signal_ends_the_program_that_runs_too() {
@@ -222,8 +254,7 @@ fn a_signal_ends_the_program_that_runs_too() {
         "#!/bin/sh\necho $$ > '{0}.new'\nmv '{0}.new' '{0}'\nexec sleep 600\n",
         started.display()
     );
-    fs::write(&stub, text).expect("a stub");
-    fs::set_permissions(&stub, Permissions::from_mode(0o755)).expect("it may be run");
+    write_program(&stub, &text);
     let mut experiment = experiment(folder.path(), &plan, &stub)
         .stderr(Stdio::null())
         .spawn()
