@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use panacea_patch::data::{Dialogue, Example, Refusal, Request, SetPaths, Sets};
+use panacea_patch::data::{Dialogue, Example, Message, Refusal, Request, SetPaths, Sets};
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -221,12 +221,7 @@ fn told(rows: &[Example]) -> Vec<Value> {
                 fields["output"] = json!(response);
                 fields
             }
-            Dialogue::Turns(turns) => {
-                let turns = turns
-                    .iter()
-                    .map(|turn| json!({"role": turn.role.as_str(), "content": turn.content}));
-                json!({"messages": turns.collect::<Vec<_>>()})
-            }
+            Dialogue::Turns(turns) => messages(turns),
         };
         fields["refusal"] = json!(row.refusal);
         fields["is_safe"] = json!(row.is_safe);
@@ -236,7 +231,17 @@ fn told(rows: &[Example]) -> Vec<Value> {
 }
 
 fn asking(request: &Request) -> Value {
-    json!({"instruction": request.text, "input": request.input})
+    match request.before.is_empty() {
+        true => json!({"instruction": request.text, "input": request.input}),
+        false => messages(&request.turns()),
+    }
+}
+
+fn messages(turns: &[Message]) -> Value {
+    let turns = turns
+        .iter()
+        .map(|turn| json!({"role": turn.role.as_str(), "content": turn.content}));
+    json!({"messages": turns.collect::<Vec<_>>()})
 }
 
 #[cfg(test)]
