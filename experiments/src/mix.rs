@@ -385,7 +385,12 @@ mod tests {
         put(data, "harmful", &[row.clone(), turns(&twice)]);
         put(data, "eval", &[turns(&once), row.clone()]);
         // The first of five is development's.
-        put(data, "harmless", &[row.clone(), ordinary, turns(&once)]);
+        let told = turns(&twice[..3]);
+        put(
+            data,
+            "harmless",
+            &[row.clone(), ordinary, turns(&once), told],
+        );
         put(data, "test", &[turns(&twice), row]);
         plan.align.harmful = "harmful".to_owned();
         plan.score.harmful = "eval".to_owned();
