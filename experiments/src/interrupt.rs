@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::Failure;
 
 /// As shells report it.
-pub(crate) const INTERRUPTED: u8 = 130;
+const INTERRUPTED: i32 = 130;
 
 /// What a signal finds.
 #[derive(Clone, Copy)]
@@ -70,5 +70,5 @@ fn now() -> MutexGuard<'static, Doing> {
     reason = "a signal ends the process; what is written is whole or absent at any moment"
 )]
 fn exit() -> ! {
-    process::exit(i32::from(INTERRUPTED));
+    process::exit(INTERRUPTED);
 }

@@ -72,25 +72,25 @@ fn experiment(folder: &Path, plan: &Path, program: &Path) -> Command {
     command
 }
 
-/// What it tells as it runs.
-fn run(folder: &Path, plan: &Path, further: &[&str]) -> String {
+/// What it tells as it ends with `code`.
+fn ended(folder: &Path, plan: &Path, further: &[&str], code: i32) -> String {
     let output = experiment(folder, plan, &program())
         .args(further)
         .output()
         .expect("it runs");
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{told}");
+    assert_eq!(output.status.code(), Some(code), "{told}");
     told
+}
+
+/// What it tells as it runs.
+fn run(folder: &Path, plan: &Path, further: &[&str]) -> String {
+    ended(folder, plan, further, 0)
 }
 
 /// What it tells as it refuses to run.
 fn refused(folder: &Path, plan: &Path, further: &[&str]) -> String {
-    let output = experiment(folder, plan, &program())
-        .args(further)
-        .output()
-        .expect("it runs");
-    assert_eq!(output.status.code(), Some(1));
-    String::from_utf8_lossy(&output.stderr).into_owned()
+    ended(folder, plan, further, 1)
 }
 
 /// Puts `value` where the JSON pointer `field` shows, beside the fields that are there.
